@@ -1,0 +1,36 @@
+"""trainrt: the training runtime that tells you why your TensorFlow model does not learn.
+
+    import trainrt
+    history = trainrt.fit(model, x, y, epochs=5, logdir="runs")    # instead of model.fit(x, y, epochs=5)
+    history.findings                                               # what is wrong, where, since when, what to try
+
+Names load on first use, so that reading a record never imports TensorFlow.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "fit": "trainrt.fit",
+    "clip": "trainrt.clip",
+    "Run": "trainrt.run",
+    "Finding": "trainrt.findings",
+    "diagnose": "trainrt.findings",
+    "statistic": "trainrt.statistics",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'trainrt' has no attribute {name!r}; it has {', '.join(__all__)}.")
+    module = importlib.import_module(_HOME[name])
+    value = module if name == "clip" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__
