@@ -12,7 +12,7 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
-    "fit": "trainrt.fit",
+    "fit": "trainrt.loop",
     "clip": "trainrt.clip",
     "Run": "trainrt.run",
     "Finding": "trainrt.findings",
