@@ -1,0 +1,66 @@
+// What the library computes, without TensorFlow: `bind.cc` is its only caller that knows TensorFlow.
+#pragma once
+
+#include <string>
+
+#include "chunks.h"
+
+namespace trainrt {
+
+struct Span {
+  Dtype dtype = Dtype::kFloat32;
+  const void* data = nullptr;
+  int64_t size = 0;
+};
+
+// rows: [tensors, kMoments].
+void measure(const Span* tensors, int count, double* rows, const Parallel& parallel);
+
+// update = after - before, rounded to their dtype and never stored. A gradient without data is missing: NaN in `joint`.
+// rows: [count, kMoments] of the update; joint: [count, kJoint].
+void measure_update(const Span* before, const Span* after, const Span* gradients, int count, double* rows,
+                    double* joint, const Parallel& parallel);
+
+constexpr int kMaxSlots = 3, kMaxScalars = 12, kMaxFactors = 6;
+
+// One weight of a fused update. All pointers are of the weight's dtype; a null gradient is missing: the weight and its
+// slots are only measured.
+struct Weight {
+  const void* gradient;
+  void* weight;
+  void* slots[kMaxSlots];
+  int64_t size;
+  bool decay;
+};
+
+// What happens to a gradient before the rule sees it, one operation after the other, each rounded as TensorFlow would.
+enum class Prepare : int { kMultiply = 0, kDivide = 1, kClip = 2 };
+struct Factor {
+  Prepare how;
+  const void* values;  // of the weight's dtype: one for each weight, or one for all
+  bool each;
+};
+
+struct Update {
+  const Weight* weights;
+  int count;
+  const Factor* factors;
+  int factor_count;
+  const void* scalars[kMaxScalars];  // the rule's, then weight decay and learning rate if any weight decays
+  bool observe, gradient_moments;
+  double* gradient;  // [count, kMoments], as are update, weight and slots; null unless asked for
+  double* update;
+  double* weight;
+  double* slots[kMaxSlots];
+  double* joint;  // [count, kJoint]
+};
+
+struct Rule {
+  std::string name;
+  int slots, scalars;
+  void (*run[kDtypes])(const Update&, const Parallel&);
+};
+const Rule* find_rule(const std::string& name);
+std::string rule_names();
+
+}  // namespace trainrt
