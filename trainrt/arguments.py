@@ -1,0 +1,156 @@
+"""What `fit` was asked for beyond Keras's own arguments, checked before anything happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from trainrt import clip as clips
+from trainrt import doors
+from trainrt.clip import Clip
+from trainrt.sinks import Sink
+
+NONFINITE = ("report", "skip", "stop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The checked arguments of `fit`.
+
+    Attributes:
+      logdir: Directory below which the run writes one of its own; None keeps the run in memory.
+      clip: Scales for the gradients, or None.
+      every: Observe every n-th step; 0 observes none.
+      sinks: More places for the record.
+    """
+
+    logdir: str | None
+    clip: Clip | None
+    every: int
+    sinks: tuple[Sink, ...]
+
+
+def check(
+    model: Any,
+    *,
+    logdir: Any,
+    clip: Any,
+    observe: Any,
+    deterministic: Any,
+    trace: Any,
+    on_nonfinite: Any,
+    sinks: Any,
+) -> Request:
+    """Checks the model and the arguments that are not Keras's.
+
+    Raises:
+      TypeError: Not a Keras model, or an argument of the wrong type.
+      ValueError: A model that is not compiled, or a value out of range or in conflict with another.
+      NotImplementedError: Asked for something that is not built yet.
+    """
+    if not doors.is_trainer(model):
+        raise TypeError(
+            "`trainrt.fit` trains a Keras 3 model on TensorFlow: trainrt.fit(model, x, y, ...). "
+            f"Received: model of type {type(model).__module__}.{type(model).__name__}. "
+            "A model of tf_keras (Keras 2) has to be ported to Keras 3 first."
+        )
+    doors.assert_compiled(model)
+    request = Request(_logdir(logdir), clips.resolve(clip), _every(observe), _sinks(sinks))
+    if request.clip is not None:
+        _one_clip(model, request.clip)
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"`deterministic` must be True or False. Received: deterministic={deterministic!r}.")
+    if on_nonfinite not in NONFINITE:
+        raise ValueError(f"`on_nonfinite` must be one of {NONFINITE}. Received: on_nonfinite={on_nonfinite!r}.")
+    _trace(trace)
+    if deterministic:
+        raise NotImplementedError(
+            "`deterministic=True` is not built yet. Until it is: keras.utils.set_random_seed(seed) and "
+            "tf.config.experimental.enable_op_determinism() before the first op."
+        )
+    if on_nonfinite != "report":
+        raise NotImplementedError(
+            f"`on_nonfinite={on_nonfinite!r}` is not built yet; 'report' is. Until it is, "
+            "keras.callbacks.TerminateOnNaN() ends the training at the first NaN loss."
+        )
+    return request
+
+
+def check_trace(trace: tuple[int, int] | None, total_steps: int | None) -> None:
+    """Checks `trace` against the steps of the run, once they are known (None: nobody knows).
+
+    Raises:
+      ValueError: The window lies outside the run.
+      NotImplementedError: It does not, but tracing is not built yet.
+    """
+    if trace is None:
+        return
+    if total_steps is not None and trace[1] > total_steps:
+        raise ValueError(
+            f"`trace` must lie within the steps of the run, 0 to {total_steps}. Received: trace={trace!r}. "
+            f"For the last ten steps pass trace=({max(total_steps - 10, 0)}, {total_steps})."
+        )
+    raise NotImplementedError(
+        "`trace` is not built yet. Until it is: keras.callbacks.TensorBoard(logdir, profile_batch=(start, stop))."
+    )
+
+
+def _logdir(logdir: Any) -> str | None:
+    if logdir is None:
+        return None
+    if not isinstance(logdir, (str, os.PathLike)) or not os.fspath(logdir):
+        raise TypeError(f"`logdir` must be a path, or None to write nothing. Received: logdir={logdir!r}.")
+    path = os.fspath(logdir)
+    if isinstance(path, bytes):
+        raise TypeError(f"`logdir` must be a str or a pathlib.Path. Received: logdir={logdir!r}.")
+    return path
+
+
+def _every(observe: Any) -> int:
+    if isinstance(observe, bool):
+        return int(observe)
+    if not isinstance(observe, int):
+        raise TypeError(
+            "`observe` must be True (every step), False (off) or an int n (every n-th step). "
+            f"Received: observe={observe!r}."
+        )
+    if observe < 1:
+        raise ValueError(f"`observe` must be at least 1; to switch it off pass observe=False. Received: {observe}.")
+    return observe
+
+
+def _sinks(sinks: Any) -> tuple[Sink, ...]:
+    if not isinstance(sinks, Sequence) or isinstance(sinks, (str, bytes)):
+        raise TypeError(f"`sinks` must be a list or tuple of sinks. Received: sinks={sinks!r}.")
+    for sink in sinks:
+        missing = [name for name in ("open", "write", "close") if not callable(getattr(sink, name, None))]
+        if missing or isinstance(sink, type):
+            what = "is a class, not an object of it" if isinstance(sink, type) else f"has no {', '.join(missing)}"
+            raise TypeError(f"A sink is an object with open, write and close. Received: {sink!r}, which {what}.")
+    return tuple(sinks)
+
+
+def _trace(trace: Any) -> None:
+    if trace is None:
+        return
+    pair = isinstance(trace, (tuple, list)) and len(trace) == 2
+    if not pair or any(isinstance(step, bool) or not isinstance(step, int) for step in trace):
+        raise TypeError(f"`trace` must be a pair of steps (start, stop). Received: trace={trace!r}.")
+    if not 0 <= trace[0] < trace[1]:
+        raise ValueError(f"`trace` must be (start, stop) with 0 <= start < stop. Received: trace={trace!r}.")
+
+
+def _one_clip(model: keras.Model, clip: Clip) -> None:
+    for optimizer in doors.optimizers(model):
+        for part in doors.parts(optimizer):
+            for name in ("clipnorm", "clipvalue", "global_clipnorm"):
+                value = getattr(part, name, None)
+                if value:
+                    raise ValueError(
+                        f"`clip` and the optimizer's own `{name}` would clip twice. Received: clip={clip!r}, "
+                        f"{type(part).__name__}({name}={value!r}). Keep one; `clip` is the one that is recorded."
+                    )

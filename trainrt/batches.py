@@ -1,0 +1,102 @@
+"""The batches that `Model.fit` would read, in its order, with its bookkeeping of epochs and steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Iterator
+from typing import NamedTuple
+
+import keras
+
+from trainrt import doors
+
+
+class Execution(NamedTuple):
+    """A place in an epoch.
+
+    Attributes:
+      begin: Index of the next batch in the epoch.
+      available: How many executions may run before the next decision; None when nobody knows.
+      iterator: Where the batches come from.
+    """
+
+    begin: int
+    available: int | None
+    iterator: Iterator
+
+
+class Batches:
+    """Batches of x, y and sample_weight, one epoch after the other.
+
+    An *execution* is `steps_per_execution` steps: Keras counts, stops and warns by executions.
+    """
+
+    def __init__(self, model: keras.Model, *, steps_per_epoch: int | None, **data):
+        most = keras.config.max_steps_per_epoch()
+        if most and (not steps_per_epoch or most < steps_per_epoch):
+            warnings.warn(f"Limiting steps_per_epoch to {most}", stacklevel=3)
+            steps_per_epoch = most
+        self._model = model
+        self._steps_per_epoch = steps_per_epoch
+        self._adapter = doors.data_adapter(steps_per_epoch=steps_per_epoch, **data)
+        self._dataset = doors.distributed(model, self._adapter.get_tf_dataset())
+        self._size = self._adapter.num_batches
+        self._iterator: Iterator | None = None
+        self._seen = 0
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches in an epoch, as far as they are known."""
+        return self._steps_per_epoch or self._size
+
+    @property
+    def element_spec(self):
+        return self._dataset.element_spec
+
+    def reset(self) -> None:
+        self._iterator = None
+        self._size = self._adapter.num_batches
+        self._seen = 0
+        self._adapter.on_epoch_end()
+
+    def __iter__(self):
+        """As Keras's symbolic build reads it: one batch is enough for it."""
+        yield 0, 0, iter(self._dataset)
+
+    def epoch(self) -> Generator[Execution, tuple[int, bool], None]:
+        """Yields where the epoch stands; is sent how many executions ran there and whether the data ended in them."""
+        per = self._model.steps_per_execution
+        self._adapter.on_epoch_begin()
+        limit = self._steps_per_epoch or self._size
+        if self._iterator is None or self._steps_per_epoch is None or not limit:
+            self._iterator = iter(self._dataset)
+            self._seen = 0
+        begin = 0
+        while not limit or begin < limit:
+            if self._size and self._seen >= self._size:
+                if self._steps_per_epoch:
+                    self._warn_interrupted()
+                break
+            bounds = [b for b in (limit and limit - begin, self._size and self._size - self._seen) if b]
+            ran, ended = yield Execution(begin, -(-min(bounds) // per) if bounds else None, self._iterator)
+            self._seen += ran * per
+            begin += ran * per
+            if ended:
+                self._seen += per
+                self._size = self._size or self._seen
+                self._warn_interrupted()
+                self._iterator = None
+                self._adapter.on_epoch_end()
+                return
+        if self._size and self._seen >= self._size:
+            self._iterator = iter(self._dataset)
+            self._seen = 0
+        self._adapter.on_epoch_end()
+
+    def _warn_interrupted(self) -> None:
+        warnings.warn(
+            "Your input ran out of data; interrupting training. Make sure that your dataset or generator can generate "
+            "at least `steps_per_epoch * epochs` batches. You may need to use the `.repeat()` function when building "
+            "your dataset.",
+            stacklevel=4,
+        )

@@ -1,0 +1,254 @@
+"""Every private name of Keras that trainrt uses, each behind one function of this file.
+
+Nothing else in the package touches a name of Keras that begins with an underscore or lives under `keras.src`.
+Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
+
+| private name | used for | what would replace it |
+|---|---|---|
+| `TensorFlowTrainer` | is it a model that `fit` can train; is its `make_train_function` its own | a public trainer protocol |
+| `data_adapters.get_data_adapter` | x, y, sample_weight to the dataset that `Model.fit` reads | a public `keras.utils` function for it |
+| `array_slicing.train_validation_split` | `validation_split` | the same |
+| `data_adapter_utils.unpack_x_y_sample_weight` | `validation_data` | `keras.utils.unpack_x_y_sample_weight`, for tuples only |
+| `TFEpochIterator`, `model._eval_epoch_iterator` | `evaluate` inside `fit` builds its dataset once | a public way to pass an iterator to `evaluate` |
+| `model._assert_compile_called` | the error for a model that is not compiled | `model.compiled`, with a text of our own |
+| `model._maybe_symbolic_build` | builds a model that was made under a `tf.distribute` strategy | nothing yet |
+| `model._initial_epoch` | where `BackupAndRestore` wants to go on | an argument of the callback |
+| `model._get_metrics_result_or_logs`, `model._should_eval` | logs of an epoch, `validation_freq` | 15 lines of our own |
+| `reduce_per_replica` | logs of several replicas to one | `Strategy.reduce` |
+| `model._aggregate_additional_loss` | tells the data loss from `add_loss` and regularisers | a public hook in `compute_loss` |
+| `model._compile_loss._user_loss` | the loss function in the passport | `model.get_compile_config` |
+| `optimizer._trainable_variables`, its per-variable lists | pairs slots with weights | public slot names |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise RuntimeError(
+        f"trainrt trains on Keras's TensorFlow backend. Received: KERAS_BACKEND={keras.backend.backend()!r}. "
+        "Set KERAS_BACKEND=tensorflow in the environment before keras is imported."
+    )
+
+import tensorflow as tf
+from keras.src.backend.tensorflow import trainer as tf_trainer
+from keras.src.trainers import data_adapters
+from keras.src.trainers.data_adapters import array_slicing, data_adapter_utils
+
+
+def is_trainer(model: Any) -> bool:
+    """Whether `model` has Keras's `fit` on TensorFlow: a `keras.Model`, or a layer with the trainer mixed in."""
+    return isinstance(model, tf_trainer.TensorFlowTrainer)
+
+
+def assert_compiled(model: keras.Model) -> None:
+    """Raises Keras's own ValueError for a model that is not compiled."""
+    model._assert_compile_called("fit")
+
+
+def makes_own_train_function(model: keras.Model) -> bool:
+    """Whether the user's `make_train_function`, or a `train_function` set by hand, stands in for Keras's."""
+    if type(model).make_train_function is not tf_trainer.TensorFlowTrainer.make_train_function:
+        return True
+    function = model.train_function
+    return function is not None and not (
+        inspect.isfunction(function) and function.__code__.co_filename == tf_trainer.__file__
+    )
+
+
+def data_adapter(**arguments):
+    """Keras's adapter of x, y, sample_weight; has get_tf_dataset, num_batches, on_epoch_begin and on_epoch_end."""
+    return data_adapters.get_data_adapter(**arguments)
+
+
+def distributed(model: keras.Model, dataset):
+    """The dataset as the model's strategy reads it."""
+    if isinstance(dataset, tf.distribute.DistributedDataset):
+        return dataset
+    return model.distribute_strategy.experimental_distribute_dataset(dataset)
+
+
+def split_validation(arrays, share: float):
+    return array_slicing.train_validation_split(arrays, validation_split=share)
+
+
+def unpack(data):
+    return data_adapter_utils.unpack_x_y_sample_weight(data)
+
+
+def evaluation_iterator(model: keras.Model, **arguments):
+    """What `evaluate` reads when it is called from `fit`: built once, used each time."""
+    return tf_trainer.TFEpochIterator(
+        distribute_strategy=model.distribute_strategy,
+        steps_per_execution=model.steps_per_execution,
+        shuffle=False,
+        **arguments,
+    )
+
+
+def set_evaluation_iterator(model: keras.Model, iterator) -> None:
+    model._eval_epoch_iterator = iterator
+
+
+def evaluation_iterator_of(model: keras.Model):
+    return getattr(model, "_eval_epoch_iterator", None)
+
+
+def drop_evaluation_iterator(model: keras.Model) -> None:
+    if getattr(model, "_eval_epoch_iterator", None) is not None:
+        del model._eval_epoch_iterator
+
+
+def evaluate(model: keras.Model, **arguments) -> dict[str, float]:
+    """`model.evaluate`, the user's if it is overridden, on the iterator that was set."""
+    return model.evaluate(return_dict=True, _use_cached_eval_dataset=True, **arguments)
+
+
+def has_keras_train_step(model: keras.Model) -> bool:
+    """Whether the train step is Keras's own."""
+    return type(model).train_step is tf_trainer.TensorFlowTrainer.train_step
+
+
+def symbolic_build(model: keras.Model, batches) -> None:
+    """Builds a model made under a strategy, from one batch; any other is built while its step is traced."""
+    model._maybe_symbolic_build(iterator=batches)
+
+
+def made_under_strategy(model: keras.Model) -> bool:
+    return model._distribute_strategy is not None
+
+
+def initial_epoch(model: keras.Model, epoch: int) -> int:
+    return model._initial_epoch or epoch
+
+
+def epoch_logs(model: keras.Model, logs) -> dict:
+    return dict(model._get_metrics_result_or_logs(logs))
+
+
+def should_evaluate(model: keras.Model, epoch: int, validation_freq) -> bool:
+    return model._should_eval(epoch, validation_freq)
+
+
+def reduce_logs(values, strategy):
+    return tf_trainer.reduce_per_replica(values, strategy, reduction="auto")
+
+
+def compiled_loss(model: keras.Model):
+    """The `loss` that was given to `compile`, for the passport."""
+    return getattr(getattr(model, "_compile_loss", None), "_user_loss", None)
+
+
+@contextlib.contextmanager
+def additional_losses(model: keras.Model, terms: list[tf.Tensor]) -> Iterator[None]:
+    """Appends to `terms` each `add_loss` and regulariser term that `compute_loss` adds up, in the order of `model.losses`."""
+    aggregate = getattr(model, "_aggregate_additional_loss", None)
+    if aggregate is None:
+        yield
+        return
+
+    def watched(loss):
+        term = aggregate(loss)
+        terms.append(term)
+        return term
+
+    model.__dict__["_aggregate_additional_loss"] = watched
+    try:
+        yield
+    finally:
+        del model.__dict__["_aggregate_additional_loss"]
+
+
+def loss_parts(model: keras.Model, loss: tf.Tensor | None, terms: Sequence[tf.Tensor]) -> dict[str, tf.Tensor]:
+    """The loss of a step and its parts, as far as there are any: Keras adds regularisers last."""
+    if loss is None:
+        return {}
+    if not terms:
+        return {"loss": loss}
+    regularised = sum(getattr(v, "regularizer", None) is not None for v in model.trainable_weights)
+    added, regularization = terms[: len(terms) - regularised], terms[len(terms) - regularised :]
+    parts = {"loss": loss, "data_loss": loss - tf.add_n([tf.cast(term, loss.dtype) for term in terms])}
+    if added:
+        parts["added_loss"] = tf.add_n([tf.cast(term, loss.dtype) for term in added])
+    if regularization:
+        parts["regularization_loss"] = tf.add_n([tf.cast(term, loss.dtype) for term in regularization])
+    return parts
+
+
+def optimizers(model: keras.Model) -> list[keras.optimizers.Optimizer]:
+    """The optimizers that are attributes of the model, its compiled one first: a GAN has several."""
+    found: dict[int, keras.optimizers.Optimizer] = {}
+    for value in (model.optimizer, *vars(model).values()):
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+        for item in items:
+            if isinstance(item, keras.optimizers.Optimizer):
+                found.setdefault(id(item), item)
+    return list(found.values())
+
+
+def trained_variables(optimizer) -> list:
+    """The weights that the optimizer was built with."""
+    return list(optimizer._trainable_variables)
+
+
+def variable_key(variable) -> int:
+    """Identity of a weight, the same for a `keras.Variable` and the `tf.Variable` in it."""
+    return id(variable.value if isinstance(variable, keras.Variable) else variable)
+
+
+def slots(optimizer, variables: Sequence) -> dict[str, list]:
+    """The optimizer's own variables for each weight: slot name -> one variable (or None) for each of `variables`.
+
+    Every attribute of the optimizer that is a list as long as the list of its weights, of variables or None, pairs
+    item i with weight i. Wrapped optimizers are looked into. The name is what Keras gave the slot ("momentum"), or the
+    name of the attribute where it gave none.
+    """
+    index = {variable_key(v): i for i, v in enumerate(variables)}
+    found: dict[str, list] = {}
+    for part in parts(optimizer):
+        weights = trained_variables(part)
+        for attribute, items in vars(part).items():
+            if attribute == "_trainable_variables" or not _is_slot_list(items, len(weights)):
+                continue
+            name = _slot_name(attribute, items, weights)
+            row = found.setdefault(name, [None] * len(variables))
+            for weight, slot in zip(weights, items, strict=True):
+                i = index.get(variable_key(weight))
+                if i is not None and slot is not None:
+                    row[i] = slot
+    return {name: row for name, row in found.items() if any(slot is not None for slot in row)}
+
+
+def parts(optimizer) -> Iterator[keras.optimizers.Optimizer]:
+    """The optimizers that update weights: those inside a `LossScaleOptimizer` or a `MultiOptimizer`, or itself."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    several = getattr(optimizer, "optimizers", None)
+    if inner is not None:
+        yield from parts(inner)
+    elif several:
+        for part in several:
+            yield from parts(part)
+    else:
+        yield optimizer
+
+
+def _is_slot_list(items, length: int) -> bool:
+    return (
+        isinstance(items, (list, tuple))
+        and len(items) == length
+        and any(item is not None for item in items)
+        and all(item is None or isinstance(item, keras.Variable) for item in items)
+    )
+
+
+def _slot_name(attribute: str, items, weights) -> str:
+    for weight, slot in zip(weights, items, strict=True):
+        prefix = str(getattr(weight, "path", weight.name)).replace("/", "_").replace(":", "_") + "_"
+        if slot is not None and slot.name.startswith(prefix):
+            return slot.name.removeprefix(prefix)
+    return attribute.strip("_")

@@ -1,0 +1,119 @@
+"""One run's record from the first step to the last word: sinks, findings, and how the training ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from trainrt.findings import Finding, diagnose
+from trainrt.findings.render import render
+from trainrt.record import Epoch, Roster
+from trainrt.recorder import HOST_SCALARS, Recorder
+from trainrt.run import Run
+from trainrt.sinks import Sink
+from trainrt.sinks.memory import Memory
+from trainrt.sinks.tensorboard import TensorBoard, run_directory
+
+RECORD_BYTES = 256 << 20
+"""Most bytes of a run's record, of any length."""
+
+
+class Report(contextlib.AbstractContextManager):
+    """As a context: whatever ends the training, the record is complete and says how it ended.
+
+    Args:
+      logdir: Directory below which the run gets one of its own; None keeps it in memory.
+      sinks: The user's sinks.
+
+    Raises:
+      OSError: `logdir` cannot be written; said before the first step.
+
+    Attributes:
+      run: The run, when it has ended.
+      findings: What was found, likeliest root cause first.
+    """
+
+    def __init__(self, logdir: str | None, sinks: Sequence[Sink]):
+        self._logdir = logdir
+        self.path: Path | None = None
+        self._files: tuple[Sink, ...] = ()
+        if logdir is not None:
+            self.path = _made(logdir)
+            self._files = (TensorBoard(self.path),)
+        self._memory = Memory(self.path)
+        self._sinks = (self._memory, *self._files, *sinks)
+        self._recorder: Recorder | None = None
+        self._last_step = 0
+        self._end = {"how": "finished", "detail": ""}
+        self.run: Run | None = None
+        self.findings: list[Finding] = []
+
+    @property
+    def open_already(self) -> bool:
+        return self._recorder is not None
+
+    def open(self, roster: Roster | None, environment: Mapping[str, Any]) -> None:
+        roster = roster or Roster((), (), ())
+        self._recorder = Recorder(roster, environment, self._sinks, RECORD_BYTES)
+
+    def push(self, first: int, every: int, vectors: tf.Tensor, begun: float, ended: float) -> None:
+        self._recorder.push(first, every, vectors, begun, ended)
+        self._last_step = first + int(vectors.shape[0]) - 1
+
+    def epoch(self, epoch: Epoch) -> None:
+        if self._recorder is not None:
+            self._recorder.epoch(epoch)
+
+    def finished(self, stopped: bool) -> None:
+        """The training came to its end, or `model.stop_training` was set."""
+        self._end = {"how": "stopped" if stopped else "finished", "detail": ""}
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if kind is not None:
+            interrupted = issubclass(kind, KeyboardInterrupt)
+            how = "interrupted" if interrupted else "exception"
+            self._end = {"how": how, "detail": "" if interrupted else f"{kind.__name__}: {error}"[:2000]}
+        if self._recorder is None:
+            self.open(None, {})
+        self._recorder.drain()
+        run = self._memory.run()
+        self.findings = diagnose(run) if len(run) else []
+        end = {**self._end, "step": self._last_step, "wall_time": time.time()}
+        self._recorder.close([finding.to_dict() for finding in self.findings], end)
+        self.run = self._memory.run()
+
+    def show(self) -> None:
+        """Prints what was found, and how to look at it."""
+        if self.findings:
+            render(self.findings, file=sys.stdout)
+        if self.path is not None:
+            print(f"trainrt: the record is in {self.path}; see it with: tensorboard --logdir {self._logdir}")
+
+
+def floats(logs: Mapping[str, Any]) -> dict[str, float]:
+    """The logs that are numbers, as Python floats."""
+    result = {}
+    for name, value in logs.items():
+        with contextlib.suppress(TypeError, ValueError):
+            result[name] = float(value)
+    return result
+
+
+def _made(logdir: str) -> Path:
+    try:
+        path = run_directory(logdir)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(f"no permission to write in {path}")
+        return path
+    except OSError as error:
+        raise type(error)(
+            f"`logdir` cannot be written. Received: logdir={logdir!r}: {error}. "
+            "Pass a directory that you may write, or logdir=None to keep the record in memory."
+        ) from error

@@ -1,0 +1,282 @@
+"""fit: epochs, callbacks and validation in Keras's order, around steps that are observed."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from trainrt import arguments, doors, environment, ending
+from trainrt.arguments import Request
+from trainrt.batches import Batches, Execution
+from trainrt.clip import Clip
+from trainrt.ending import Report
+from trainrt.hooks import Pace, listens_to_batches
+from trainrt.record import Epoch
+from trainrt.sinks import Sink
+from trainrt.step import Step
+
+
+def fit(
+    model: keras.Model,
+    x: Any = None,
+    y: Any = None,
+    batch_size: int | None = None,
+    epochs: int = 1,
+    verbose: str | int = "auto",
+    callbacks: Any = None,
+    validation_split: float = 0.0,
+    validation_data: Any = None,
+    shuffle: bool = True,
+    class_weight: Mapping[int, float] | None = None,
+    sample_weight: Any = None,
+    initial_epoch: int = 0,
+    steps_per_epoch: int | None = None,
+    validation_steps: int | None = None,
+    validation_batch_size: int | None = None,
+    validation_freq: int | Sequence[int] = 1,
+    *,
+    logdir: str | None = None,
+    clip: float | Clip | None = None,
+    observe: bool | int = True,
+    deterministic: bool = False,
+    trace: tuple[int, int] | None = None,
+    on_nonfinite: str = "report",
+    sinks: Sequence[Sink] = (),
+) -> keras.callbacks.History:
+    """Trains like `model.fit`, bit for bit, and records what every step does in every layer.
+
+    The arguments up to `validation_freq` are those of `keras.Model.fit`, with the same defaults and meaning.
+
+    Args:
+      model: A compiled Keras 3 model on the TensorFlow backend.
+      logdir: Directory below which the run writes a directory of its own, for TensorBoard and `trainrt report`. None
+        writes nothing; the record is in `history.run` all the same.
+      clip: Clips the gradients before they reach the optimizer, and records it: a number is the global norm;
+        `trainrt.clip` has others.
+      observe: True observes every step, an int n every n-th, False none. It never changes the training.
+      deterministic: Not built yet.
+      trace: Not built yet.
+      on_nonfinite: "report" goes on as Keras does and says where the first NaN was. "skip" and "stop" are not built yet.
+      sinks: More places for the record, see `trainrt.sinks.Sink`.
+
+    Returns:
+      The Keras `History`, with two attributes more: `run`, the `trainrt.Run`, and `findings`, the list of
+      `trainrt.Finding`, likeliest root cause first.
+
+    Raises:
+      TypeError, ValueError: A bad argument; the message names the remedy. Nothing has been trained or written then.
+      OSError: `logdir` cannot be written. Nothing has been trained then.
+      NotImplementedError: Asked for something that is not built yet.
+    """
+    given = {k: v for k, v in locals().items() if k != "model"}
+    request = arguments.check(
+        model,
+        logdir=logdir,
+        clip=clip,
+        observe=observe,
+        deterministic=deterministic,
+        trace=trace,
+        on_nonfinite=on_nonfinite,
+        sinks=sinks,
+    )
+    most = keras.config.max_epochs()
+    if most and most < epochs:
+        warnings.warn(f"Limiting epochs to {most}", stacklevel=2)
+        epochs = most
+
+    doors.set_evaluation_iterator(model, None)
+    if validation_split and validation_data is None:
+        (x, y, sample_weight), validation_data = doors.split_validation((x, y, sample_weight), validation_split)
+    batches = Batches(
+        model,
+        x=x,
+        y=y,
+        sample_weight=sample_weight,
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch,
+        shuffle=shuffle,
+        class_weight=class_weight,
+    )
+    if batches.num_batches == 0:
+        raise ValueError(f"The data is empty: there is no batch to train on. Received: x={environment.described(x)}.")
+    arguments.check_trace(trace, batches.num_batches and batches.num_batches * max(epochs - initial_epoch, 0))
+    doors.symbolic_build(model, batches)
+    batches.reset()
+
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks = keras.callbacks.CallbackList(
+            callbacks,
+            add_history=True,
+            add_progbar=verbose != 0,
+            verbose=verbose,
+            epochs=epochs,
+            steps=batches.num_batches,
+            model=model,
+        )
+    training = _Training(model, batches, callbacks, request, given)
+    with training.report:
+        model.stop_training = False
+        model.make_train_function()
+        callbacks.on_train_begin()
+        training_logs = None
+        for epoch in range(doors.initial_epoch(model, initial_epoch), epochs):
+            model.reset_metrics()
+            callbacks.on_epoch_begin(epoch)
+            epoch_logs = training.epoch()
+            if validation_data is not None and doors.should_evaluate(model, epoch, validation_freq):
+                validation = _validate(
+                    model, validation_data, validation_batch_size or batch_size, validation_steps, callbacks
+                )
+                epoch_logs.update({f"val_{name}": value for name, value in validation.items()})
+            callbacks.on_epoch_end(epoch, epoch_logs)
+            training.report.epoch(Epoch(epoch, training.step - 1, ending.floats(epoch_logs)))
+            training_logs = epoch_logs
+            if model.stop_training:
+                break
+        if isinstance(model.optimizer, keras.optimizers.Optimizer) and epochs > 0:
+            model.optimizer.finalize_variable_values(model.trainable_weights)
+        doors.drop_evaluation_iterator(model)
+        callbacks.on_train_end(logs=training_logs)
+        training.report.finished(stopped=bool(model.stop_training))
+    history = model.history
+    history.run, history.findings = training.report.run, training.report.findings
+    if verbose:
+        training.report.show()
+    return history
+
+
+def _validate(model, data, batch_size, steps, callbacks) -> dict[str, float]:
+    x, y, sample_weight = doors.unpack(data)
+    arrays = {"x": x, "y": y, "sample_weight": sample_weight, "batch_size": batch_size}
+    if doors.evaluation_iterator_of(model) is None:
+        doors.set_evaluation_iterator(model, doors.evaluation_iterator(model, steps_per_epoch=steps, **arrays))
+    return doors.evaluate(model, steps=steps, callbacks=callbacks, **arrays)
+
+
+class _Training:
+    """Runs the steps of one `fit`, in calls of many steps where nobody listens to each.
+
+    Attributes:
+      step: Number of the next step in the run.
+      report: Where the record goes.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        batches: Batches,
+        callbacks: keras.callbacks.CallbackList,
+        request: Request,
+        given: Mapping[str, Any],
+    ):
+        self._model = model
+        self._batches = batches
+        self._callbacks = callbacks
+        self._given = given
+        self._pace = Pace()
+        self._request = request
+        self._step: Step | None = None
+        self._logs: dict = {}
+        self.step = 0
+        self.report = Report(request.logdir, request.sinks)
+
+    def epoch(self) -> dict:
+        """Trains on one epoch; returns its logs as Keras reports them."""
+        model, callbacks, per = self._model, self._callbacks, self._model.steps_per_execution
+        epoch = self._batches.epoch()
+        place = next(epoch, None)
+        while place is not None:
+            callbacks.on_train_batch_begin(place.begin)
+            executions = self._executions(place, per)
+            count = self._run(place, executions * per)
+            ran = math.ceil(count / per)
+            if ran:
+                callbacks.on_train_batch_end(place.begin + ran * per - 1, self._logs)
+                if model.stop_training:
+                    break
+            try:
+                place = epoch.send((ran, ran < executions))
+            except StopIteration:
+                place = None
+        if not self.step:
+            raise ValueError(
+                "The data ended before the first batch, so nothing was trained. "
+                f"Received: x={environment.described(self._given['x'])}."
+            )
+        return doors.epoch_logs(model, self._logs)
+
+    def _executions(self, place: Execution, per: int) -> int:
+        """How many executions to run before Python is needed again."""
+        if listens_to_batches(self._callbacks) or doors.makes_own_train_function(self._model):
+            return 1
+        steps = min(self._pace.steps, self._step.most if self._step else 1)
+        executions = max(1, steps // per)
+        return executions if place.available is None else min(executions, place.available)
+
+    def _run(self, place: Execution, count: int) -> int:
+        """Runs up to `count` steps and records them; returns how many ran before the data ended."""
+        if doors.makes_own_train_function(self._model):
+            return self._run_own(place.iterator, count)
+        if self._step is None:
+            self._step = self._prepared(place.iterator)
+        begun = time.time()
+        try:
+            outcome = self._step.run(place.iterator, self.step, count)
+        except tf.errors.OutOfRangeError:
+            return 0
+        ended = time.time()
+        self._pace.took(outcome.count, ended - begun)
+        if outcome.count:
+            self._logs = outcome.logs
+            self._open()
+            if outcome.vectors is not None and self._step.every:
+                self.report.push(self.step, self._step.every, outcome.vectors, begun, ended)
+            self.step += outcome.count
+        return outcome.count
+
+    def _prepared(self, iterator) -> Step:
+        """The step, traced; that of an earlier fit when the model is still as it was compiled then."""
+        function = self._model.train_function
+        key = (self._request.clip, self._request.every)
+        made = getattr(function, "_trainrt", None)
+        if made is None or made[0] != key:
+            step = Step(self._model, *key)
+            function._trainrt = (key, step)
+        step = function._trainrt[1]
+        step.prepare(iterator.element_spec)
+        if not self._model.trainable_weights and doors.has_keras_train_step(self._model):
+            raise ValueError(
+                f"The model {self._model.name!r} has no trainable weights, so there is nothing to fit. "
+                "Set `trainable = True` on the layers that should learn, and compile again."
+            )
+        return step
+
+    def _open(self) -> None:
+        """Opens the record, once the step has been traced (or has run, when eager) and its weights are known."""
+        if self.report.open_already:
+            return
+        unseen = self._step.unseen if self._step else "the model has a train function of its own"
+        if unseen and self._request.every:
+            warnings.warn(
+                f"trainrt does not observe this run, it only trains it: {unseen}. No gradients or updates are recorded.",
+                stacklevel=4,
+            )
+        roster = self._step.roster if self._step else None
+        passport = environment.passport(self._model, self._given)
+        self.report.open(roster, {**passport, "observed": not unseen, "unobserved_because": unseen})
+
+    def _run_own(self, iterator, count: int) -> int:
+        """One execution of a `train_function` that the user made."""
+        try:
+            self._logs = self._model.train_function(iterator)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            return 0
+        self._open()
+        self.step += count
+        return count

@@ -1,0 +1,247 @@
+"""From the device's vectors to records, on a thread of its own.
+
+The training loop hands over one packed tensor a chunk and goes on; it waits only when the bounded queue is full.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, MOMENTS, Epoch, Moments, Record, Roster
+from trainrt.sinks import Sink
+from trainrt.update import unpack
+
+HOST_SCALARS = ("gradient_norm", "clipped_gradient_norm", "step_s")
+"""Scalars that the host adds: L2 norm over all weights before and after the clip, seconds a step."""
+
+DELIVERY_S = 1.0
+"""Windows wait at most so long before they go to the sinks."""
+
+DELIVERY_WINDOWS = 64
+QUEUE_CHUNKS = 8
+
+
+class _Chunk(NamedTuple):
+    first: int
+    every: int
+    vectors: tf.Tensor
+    begun: float
+    ended: float
+
+
+class _Finish(NamedTuple):
+    findings: Sequence[Mapping[str, Any]]
+    end: Mapping[str, Any]
+
+
+class Recorder:
+    """Turns what `Step` saw into records and hands them to the sinks.
+
+    Args:
+      roster: The names along the axes of the vectors.
+      environment: The passport of the run.
+      sinks: Where the records go.
+      budget_bytes: About how large the record may grow: windows widen as it does, and no step is left out of them.
+    """
+
+    def __init__(self, roster: Roster, environment: Mapping[str, Any], sinks: Sequence[Sink], budget_bytes: int):
+        self._device_roster = roster
+        self.roster = Roster(roster.parameters, roster.subjects, (*roster.scalars, *HOST_SCALARS))
+        self._sinks = list(sinks)
+        self._windows = _Windows(self.roster, budget_bytes)
+        self._waiting: list[Record] = []
+        self._delivered = time.monotonic()
+        self._queue: queue.Queue = queue.Queue(QUEUE_CHUNKS)
+        self._each(lambda sink: sink.open(self.roster, environment))
+        self._thread = threading.Thread(target=self._work, name="trainrt-recorder", daemon=True)
+        self._thread.start()
+
+    def push(self, first: int, every: int, vectors: tf.Tensor, begun: float, ended: float) -> None:
+        """A chunk of steps that ran from `begun` to `ended` (seconds since the epoch), the first one numbered `first`."""
+        self._queue.put(_Chunk(first, every, vectors, begun, ended))
+
+    def epoch(self, epoch: Epoch) -> None:
+        self._queue.put(epoch)
+
+    def drain(self) -> None:
+        """Returns when all that was pushed has reached the sinks."""
+        done = threading.Event()
+        self._queue.put(done)
+        done.wait()
+
+    def close(self, findings: Sequence[Mapping[str, Any]], end: Mapping[str, Any]) -> None:
+        """Delivers what is left, closes the sinks and ends the thread."""
+        self._queue.put(_Finish(findings, end))
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            try:
+                item = self._queue.get(timeout=DELIVERY_S)
+            except queue.Empty:
+                self._deliver()
+                continue
+            if isinstance(item, _Chunk):
+                self._guarded(lambda item=item: self._take(item))
+                due = time.monotonic() - self._delivered > DELIVERY_S
+                if due or sum(len(r) for r in self._waiting) >= DELIVERY_WINDOWS:
+                    self._deliver()
+                continue
+            self._guarded(lambda: self._waiting.extend(self._windows.rest()))
+            self._deliver()
+            if isinstance(item, threading.Event):
+                item.set()
+            elif isinstance(item, Epoch):
+                self._each(lambda sink, item=item: sink.write(item))
+            else:
+                self._each(lambda sink, item=item: sink.close(item.findings, item.end))
+                return
+
+    def _take(self, chunk: _Chunk) -> None:
+        self._waiting.extend(self._windows.add(self._record(chunk)))
+
+    def _record(self, chunk: _Chunk) -> Record:
+        """A chunk as windows of one step."""
+        vectors = np.asarray(chunk.vectors)
+        numbers = np.arange(chunk.first, chunk.first + len(vectors))
+        step_s = (chunk.ended - chunk.begun) / max(len(vectors), 1)
+        times = chunk.begun + step_s * np.arange(1, len(vectors) + 1)
+        seen = numbers % chunk.every == 0
+        moments, joint, scalars = unpack(vectors[seen], self._device_roster)
+        subjects = {
+            name: Moments.from_device(moments[:, :, i]).array for i, name in enumerate(self._device_roster.subjects)
+        }
+        norm, clipped = _global_norms(moments[:, :, self._device_roster.subjects.index(GRADIENT)], joint)
+        host = np.stack([norm, clipped, np.full(len(norm), step_s)], axis=1)
+        values = np.concatenate([scalars, host], axis=1)
+        steps = numbers[seen].astype(np.int64)
+        return Record(
+            np.stack([steps, steps], axis=1), times[seen], subjects, joint, np.repeat(values[:, :, None], 3, axis=2)
+        )
+
+    def _deliver(self) -> None:
+        self._delivered = time.monotonic()
+        if self._waiting:
+            record = Record.concatenate(self._waiting)
+            self._waiting = []
+            self._each(lambda sink: sink.write(record))
+
+    def _each(self, call) -> None:
+        for sink in list(self._sinks):
+            try:
+                call(sink)
+            except Exception as error:
+                self._sinks.remove(sink)
+                _warn(
+                    f"trainrt: the sink {type(sink).__name__} failed and gets no more of this run, training goes on. "
+                    f"What it wrote before stays. {type(error).__name__}: {error}"
+                )
+
+    def _guarded(self, call) -> None:
+        try:
+            call()
+        except Exception as error:  # a fault of ours must not take the training down
+            _warn(f"trainrt: a chunk of the record was lost. {type(error).__name__}: {error}")
+
+
+def _warn(message: str) -> None:
+    """A warning that cannot kill the recorder's thread where warnings are errors."""
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    except RuntimeWarning as warning:
+        print(warning)
+
+
+def _global_norms(gradient: np.ndarray, joint: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[K] L2 norms over all weights, before and after the clip; NaN where an element was not finite."""
+    column = {name: gradient[..., i] for i, name in enumerate(DEVICE_MOMENTS)}
+    scale = joint[..., JOINT.index("scale")] / np.maximum(joint[..., JOINT.index("steps")], 1)
+    broken = np.nansum(column["nonfinite"], axis=1) > 0
+    norm = np.sqrt(np.nansum(column["sumsq"], axis=1))
+    clipped = np.sqrt(np.nansum(column["sumsq"] * scale**2, axis=1))
+    return np.where(broken, np.nan, norm), np.where(broken, np.nan, clipped)
+
+
+class _Windows:
+    """Merges steps into windows that widen as the run grows, so that a record of any length stays within a budget.
+
+    The first `per_width` windows hold one step, the next as many hold two, then four, and so on: 24 doublings are more
+    steps than anybody trains. A step with something non-finite keeps a window of its own, for the first `per_width` such.
+    """
+
+    DOUBLINGS = 24
+
+    def __init__(self, roster: Roster, budget_bytes: int):
+        p = len(roster.parameters)
+        size = p * (len(roster.subjects) * len(MOMENTS) * 4 + len(JOINT) * 8) + len(roster.scalars) * 24 + 400
+        self.per_width = int(np.clip(budget_bytes // (self.DOUBLINGS * size), 16, 1024))
+        self._width = 1
+        self._left = self.per_width
+        self._abnormal_left = self.per_width
+        self._pending: Record | None = None
+
+    def add(self, record: Record) -> list[Record]:
+        abnormal = np.flatnonzero(_abnormal(record))[: self._abnormal_left]
+        self._abnormal_left -= len(abnormal)
+        done, start = [], 0
+        for t in abnormal:
+            done += self._widen(record[start:t])
+            done += [*self.rest(), record[t : t + 1]]
+            start = t + 1
+        return done + self._widen(record[start:])
+
+    def rest(self) -> list[Record]:
+        """The window that is not full yet."""
+        pending, self._pending = self._pending, None
+        return [] if pending is None else [merge_every(pending, len(pending))]
+
+    def _widen(self, record: Record) -> list[Record]:
+        done = []
+        while len(record):
+            if self._pending is not None:
+                record, self._pending = Record.concatenate([self._pending, record]), None
+            windows = min(len(record) // self._width, self._left)
+            if not windows:
+                self._pending = record
+                break
+            done.append(merge_every(record[: windows * self._width], self._width))
+            record = record[windows * self._width :]
+            self._left -= windows
+            if not self._left:
+                self._width, self._left = self._width * 2, self.per_width
+        return done
+
+
+def merge_every(record: Record, width: int) -> Record:
+    """Each `width` consecutive windows of one step as one window; as many as there are must divide by `width`."""
+    if width == 1:
+        return record
+    groups = len(record) // width
+    scalars = record.scalars.reshape(groups, width, -1, record.scalars.shape[-1])
+    return Record(
+        np.stack([record.steps[::width, 0], record.steps[width - 1 :: width, 1]], axis=1),
+        record.wall_time[width - 1 :: width],
+        {s: Moments(cube.reshape(groups, width, *cube.shape[1:])).merge(1).array for s, cube in record.moments.items()},
+        record.joint.reshape(groups, width, *record.joint.shape[1:]).sum(1),
+        np.stack(
+            [scalars[..., 0].mean(1), np.fmin.reduce(scalars[..., 1], axis=1), np.fmax.reduce(scalars[..., 2], axis=1)],
+            axis=-1,
+        ),
+    )
+
+
+def _abnormal(record: Record) -> np.ndarray:
+    """[T] whether anything in the window is not finite."""
+    nonfinite = MOMENTS.index("nonfinite")
+    result = np.zeros(len(record), bool)
+    for cube in record.moments.values():
+        result |= np.nansum(cube[..., nonfinite], axis=1) > 0
+    return result

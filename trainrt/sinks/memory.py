@@ -1,0 +1,45 @@
+"""Keeps the record in memory: what `history.run` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainrt.record import Epoch, Record, Roster
+from trainrt.run import Run
+
+
+class Memory:
+    """A sink whose `run()` is the run so far."""
+
+    def __init__(self, path: str | None = None):
+        self._path = path
+        self._roster: Roster | None = None
+        self._environment: Mapping[str, Any] = {}
+        self._records: list[Record] = []
+        self._epochs: list[Epoch] = []
+        self._findings: Sequence[Mapping[str, Any]] = ()
+        self._end: Mapping[str, Any] | None = None
+
+    def open(self, roster: Roster, environment: Mapping[str, Any]) -> None:
+        self._roster, self._environment = roster, environment
+
+    def write(self, item: Record | Epoch) -> None:
+        (self._epochs if isinstance(item, Epoch) else self._records).append(item)
+
+    def close(self, findings: Sequence[Mapping[str, Any]], end: Mapping[str, Any]) -> None:
+        self._findings, self._end = findings, end
+
+    def run(self) -> Run | None:
+        """The run as recorded so far; None before it was opened."""
+        if self._roster is None:
+            return None
+        return Run.from_records(
+            self._roster,
+            list(self._records),
+            environment=self._environment,
+            epochs=list(self._epochs),
+            findings=list(self._findings),
+            end=self._end,
+            path=self._path,
+        )

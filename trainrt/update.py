@@ -1,0 +1,318 @@
+"""Stand where gradients are handed over, and measure what the optimizer did with them.
+
+`optimizer.apply` is public, and every Keras train step, custom ones too, ends there. `Observer.watch` replaces it on the
+instance while the step is traced (or, under `run_eagerly`, while it runs) and takes it away again. What happens inside is
+the optimizer's own `apply`, called with the very gradients, so nothing of the training changes; the update is the
+weight after minus the weight before, never a reconstruction from the slots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainrt import doors, moments
+from trainrt.clip import Clip
+from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, UPDATE, WEIGHT, Parameter, Roster, unique
+
+LOSS_SCALARS = ("loss", "data_loss", "added_loss", "regularization_loss")
+NAN = float("nan")
+
+
+@dataclasses.dataclass
+class _Apply:
+    """One call of `optimizer.apply`: tensors by weight, in the order of `keys`."""
+
+    optimizer: keras.optimizers.Optimizer
+    keys: list[int]
+    subjects: dict[str, tf.Tensor]
+    joint: tf.Tensor
+    learning_rate: tf.Tensor
+    loss_scale: tf.Tensor | None
+
+
+class Observer:
+    """Collects, while one step is traced, what the step did; then packs it into one vector.
+
+    Args:
+      optimizers: The optimizers to watch, the model's own first.
+      clip: Scales for the gradients, or None.
+      measuring: Whether to measure. False only clips.
+    """
+
+    def __init__(self, optimizers: Sequence[keras.optimizers.Optimizer], clip: Clip | None, measuring: bool):
+        self._optimizers = optimizers
+        self._clip = clip
+        self._measuring = measuring
+        self._applies: list[_Apply] = []
+        self._parameters: dict[int, Parameter] = {}
+        self._losses: dict[str, tf.Tensor] = {}
+        self._inside = False
+        self.unseen: str | None = None
+
+    @contextlib.contextmanager
+    def watch(self, model: keras.Model) -> Iterator[None]:
+        """Stands at `apply` of each optimizer and at the model's loss, for as long as the context lasts."""
+        watched = self._optimizers if self._measuring or self._clip else ()
+        with contextlib.ExitStack() as stack:
+            for optimizer in watched:
+                stack.enter_context(_replaced(optimizer, "apply", self._apply(optimizer, optimizer.apply)))
+            if self._measuring:
+                stack.enter_context(self._watched_loss(model))
+            yield
+
+    @contextlib.contextmanager
+    def _watched_loss(self, model: keras.Model) -> Iterator[None]:
+        compute_loss = model.compute_loss
+        terms: list[tf.Tensor] = []
+
+        def watched(*args, **kwargs):
+            terms.clear()
+            loss = compute_loss(*args, **kwargs)
+            self._losses = doors.loss_parts(model, loss, terms)
+            return loss
+
+        with _replaced(model, "compute_loss", watched), doors.additional_losses(model, terms):
+            yield
+
+    def _apply(self, optimizer, apply):
+        def watched(grads, trainable_variables=None):
+            if self._inside or not len(grads):
+                return apply(grads, trainable_variables)
+            self._inside = True
+            try:
+                return self._observe(optimizer, apply, list(grads), trainable_variables)
+            finally:
+                self._inside = False
+
+        return watched
+
+    def _observe(self, optimizer, apply, gradients, trainable_variables):
+        given = trainable_variables is not None
+        variables = list(trainable_variables) if given else doors.trained_variables(optimizer)
+        loss_scale = _loss_scale(optimizer)
+        dense = [_dense(g, v) for g, v in zip(gradients, variables, strict=True)]
+        measured = _unscale(moments.measure(dense), loss_scale)
+        scale = None
+        if self._clip is not None:
+            scale = tf.ensure_shape(tf.cast(self._clip(measured), tf.float64), [len(variables)])
+            gradients = [_scaled(g, scale[i]) for i, g in enumerate(gradients)]
+        if not self._measuring:
+            return apply(gradients, variables if given else None)
+
+        learning_rate = _learning_rate(optimizer)
+        before = [_value(v) for v in variables]
+        result = apply(gradients, variables if given else None)
+        after = [_value(v) for v in variables]
+
+        slots = doors.slots(optimizer, variables)
+        names = list(slots)
+        rest = moments.measure([*after, *(_value(s) for name in names for s in slots[name])])
+        update, joint = moments.measure_update(before, after, dense)
+        count = len(variables)
+        subjects = {GRADIENT: measured, UPDATE: update, WEIGHT: rest[:count]}
+        for i, name in enumerate(names, start=1):
+            subjects[name] = rest[i * count : (i + 1) * count]
+        keys = [doors.variable_key(v) for v in variables]
+        for key, variable in zip(keys, variables, strict=True):
+            self._parameters.setdefault(key, _parameter(variable))
+        if loss_scale is not None:
+            joint = joint / tf.stack([tf.cast(loss_scale, tf.float64), 1.0])
+        ones = tf.ones([count], tf.float64)
+        factor = ones if scale is None else scale
+        columns = {
+            "steps": ones,
+            "scale": factor,
+            "clipped": tf.cast(tf.logical_not(tf.equal(factor, 1.0)), tf.float64),
+            "gradient_update": joint[:, 0],
+            "rounded": joint[:, 1],
+        }
+        self._applies.append(
+            _Apply(
+                optimizer, keys, subjects, tf.stack([columns[j] for j in JOINT], axis=1), learning_rate, loss_scale
+            )
+        )
+        return result
+
+    def roster(self) -> Roster:
+        """The names along the axes of the vectors of this step."""
+        parameters = list(self._parameters.values())
+        paths = unique(p.path for p in parameters)
+        subjects = dict.fromkeys((GRADIENT, UPDATE, WEIGHT))
+        for call in self._applies:
+            subjects.update(dict.fromkeys(call.subjects))
+        return Roster(
+            tuple(dataclasses.replace(p, path=path) for p, path in zip(parameters, paths, strict=True)),
+            tuple(subjects),
+            tuple(self._scalars()),
+        )
+
+    def _scalars(self) -> dict[str, tf.Tensor]:
+        values = {name: self._losses.get(name) for name in LOSS_SCALARS if name in self._losses}
+        values.setdefault("loss", None)
+        optimizers = list({id(call.optimizer): call for call in self._applies}.values())
+        for name, call in zip(unique(call.optimizer.name for call in optimizers), optimizers, strict=True):
+            suffix = "" if call is optimizers[0] else f"/{name}"
+            values[f"learning_rate{suffix}"] = call.learning_rate
+            if call.loss_scale is not None:
+                values[f"loss_scale{suffix}"] = call.loss_scale
+        return values
+
+    def pack(self, logs: dict[str, tf.Tensor]) -> tf.Tensor:
+        """Everything seen in the step as one vector, laid out as `unpack` reads it.
+
+        Args:
+          logs: What the train step returned; its "loss" stands in where the step computes its loss in its own way.
+
+        Returns:
+          [P * S * 6 + P * J + K] float64; empty when nothing was seen, and then `unseen` says why.
+        """
+        if not self._seen():
+            return tf.zeros([0], tf.float64)
+        roster = self.roster()
+        order = {key: i for i, key in enumerate(self._parameters)}
+        cubes = [
+            _combine([_placed(call, call.subjects.get(subject), order) for call in self._applies])
+            for subject in roster.subjects
+        ]
+        joint = _added([_placed(call, call.joint, order) for call in self._applies])
+        scalars = self._scalars()
+        if scalars["loss"] is None:
+            scalars["loss"] = logs.get("loss") if isinstance(logs, dict) else None
+        vector = [
+            tf.reshape(tf.stack(cubes, axis=1), [-1]),
+            tf.reshape(joint, [-1]),
+            tf.stack([_scalar(value) for value in scalars.values()]),
+        ]
+        return tf.concat(vector, 0)
+
+    def _seen(self) -> bool:
+        here = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        if not self._applies:
+            self.unseen = "the step hands no gradients to an optimizer that is an attribute of the model"
+        elif here is not None and any(call.joint.graph is not here for call in self._applies):
+            self.unseen = "the step calls `optimizer.apply` inside a `tf.cond`, `tf.while_loop` or `tf.function` of its own"
+        if here is not None:
+            self._losses = {k: v for k, v in self._losses.items() if getattr(v, "graph", here) is here}
+        return self.unseen is None
+
+
+def unpack(vectors: np.ndarray, roster: Roster) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[K, D] vectors of `Observer.pack` to moments [K, P, S, 6], joint sums [K, P, J] and scalars [K, scalars]."""
+    p, s, m, j = len(roster.parameters), len(roster.subjects), len(DEVICE_MOMENTS), len(JOINT)
+    cube, joint = p * s * m, p * j
+    return (
+        vectors[:, :cube].reshape(-1, p, s, m),
+        vectors[:, cube : cube + joint].reshape(-1, p, j),
+        vectors[:, cube + joint :],
+    )
+
+
+@contextlib.contextmanager
+def _replaced(owner, name: str, function) -> Iterator[None]:
+    """An attribute of the instance for a while, past the tracking `__setattr__` of Keras."""
+    before = owner.__dict__.get(name)
+    owner.__dict__[name] = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+
+def _parameter(variable) -> Parameter:
+    path = getattr(variable, "path", None) or variable.name.split(":")[0]
+    return Parameter(path, path.rpartition("/")[0] or path, tuple(variable.shape), keras.backend.standardize_dtype(variable.dtype))
+
+
+def _value(variable) -> tf.Tensor | None:
+    """The value now: a read of its own, so that a later assignment cannot change it."""
+    if variable is None:
+        return None
+    return tf.identity(variable.value if isinstance(variable, keras.Variable) else variable)
+
+
+def _dense(gradient, variable) -> tf.Tensor | None:
+    """The gradient as a dense tensor of the weight's shape: rows of a sparse one that have the same index are summed."""
+    if isinstance(gradient, tf.IndexedSlices):
+        gradient = tf.math.unsorted_segment_sum(gradient.values, gradient.indices, variable.shape[0])
+    return None if gradient is None else tf.reshape(gradient, variable.shape)
+
+
+def _scaled(gradient, scale: tf.Tensor):
+    if gradient is None:
+        return None
+    if isinstance(gradient, tf.IndexedSlices):
+        values = gradient.values * tf.cast(scale, gradient.dtype)
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    return gradient * tf.cast(scale, gradient.dtype)
+
+
+def _loss_scale(optimizer) -> tf.Tensor | None:
+    """The factor on the gradients that the optimizer is about to divide out; None for none."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return tf.identity(optimizer.dynamic_scale.value) if optimizer.built else tf.constant(optimizer.initial_scale)
+    factor = optimizer.loss_scale_factor
+    return None if factor is None else tf.constant(factor, tf.float32)
+
+
+def _unscale(measured: tf.Tensor, scale: tf.Tensor | None) -> tf.Tensor:
+    """Moments of `tensor / scale` from those of `tensor`."""
+    if scale is None:
+        return measured
+    s = tf.cast(scale, tf.float64)
+    return measured / tf.stack([1.0, s, s * s, s, 1.0, 1.0])
+
+
+def _learning_rate(optimizer) -> tf.Tensor:
+    """The rate of the coming update; that of the first one where several optimizers share the weights."""
+    parts = getattr(optimizer, "optimizers", None)
+    if parts:
+        optimizer = parts[0]
+    rate = optimizer.learning_rate
+    return tf.cast(tf.identity(rate.value if isinstance(rate, keras.Variable) else rate), tf.float64)
+
+
+def _scalar(value) -> tf.Tensor:
+    if value is None:
+        return tf.constant(NAN, tf.float64)
+    value = tf.cast(value, tf.float64)
+    return value if value.shape.rank == 0 else tf.reduce_mean(value)
+
+
+def _placed(call: _Apply, rows: tf.Tensor | None, order: dict[int, int]) -> tf.Tensor | None:
+    """The rows of one call in the order of all weights; NaN where the call did not have the weight."""
+    if rows is None:
+        return None
+    if len(call.keys) == len(order) and all(order[key] == i for i, key in enumerate(call.keys)):
+        return rows
+    index = np.full(len(order), len(call.keys), np.int32)
+    for i, key in enumerate(call.keys):
+        index[order[key]] = i
+    padded = tf.concat([rows, tf.fill([1, rows.shape[1]], tf.constant(NAN, tf.float64))], 0)
+    return tf.gather(padded, index)
+
+
+def _combine(parts: list[tf.Tensor | None]) -> tf.Tensor:
+    """Moments of several calls of one step: sums add, maxima take the larger."""
+    present = [part for part in parts if part is not None]
+    result = present[0]
+    for part in present[1:]:
+        absmax = np.array([name == "absmax" for name in DEVICE_MOMENTS])
+        both = tf.where(absmax, tf.maximum(result, part), result + part)
+        result = tf.where(tf.math.is_nan(part), result, tf.where(tf.math.is_nan(result), part, both))
+    return result
+
+
+def _added(parts: list[tf.Tensor]) -> tf.Tensor:
+    result = parts[0]
+    for part in parts[1:]:
+        result = tf.where(tf.math.is_nan(part), result, tf.where(tf.math.is_nan(result), part, result + part))
+    return result
