@@ -134,6 +134,16 @@ class Moments:
         return self.count - self._column("nonfinite")
 
     @property
+    def sum(self) -> np.ndarray:
+        """Sum of the finite elements, over all steps of the window."""
+        return self._column("sum")
+
+    @property
+    def sumsq(self) -> np.ndarray:
+        """Sum of the squares of the finite elements, over all steps of the window."""
+        return self._column("sumsq")
+
+    @property
     def absmax(self) -> np.ndarray:
         """Largest magnitude of a finite element in the window."""
         return self._column("absmax")
@@ -190,7 +200,8 @@ class Moments:
         """Moments of one array, in float64: the twin of what the device measures."""
         x = np.asarray(tensor, np.float64).reshape(-1)
         finite = x[np.isfinite(x)]
-        sumsq = np.square(finite).sum()
+        with np.errstate(over="ignore", under="ignore"):
+            sumsq = np.square(finite).sum()
         absmax = np.abs(finite).max(initial=0.0)
         return cls(np.array([x.size, finite.sum(), sumsq, absmax, (x == 0).sum(), x.size - finite.size, sumsq, sumsq]))
 
@@ -201,7 +212,7 @@ class Moments:
         return cls(np.concatenate([rows, sumsq, sumsq], axis=-1))
 
     def merge(self, axis: int = 0) -> Moments:
-        """The moments of all windows (or weights) along `axis` together. Rows that were not measured are left out."""
+        """The moments of all windows along `axis` together. Rows that were not measured are left out."""
         a = self.array
         axis = axis if axis >= 0 else axis - 1
         measured = ~np.isnan(a[..., :1])
@@ -214,8 +225,22 @@ class Moments:
         merged[..., MOMENTS.index("trough")] = low[..., MOMENTS.index("trough")]
         return Moments(np.where(measured.any(axis=axis), merged, np.nan))
 
+    def join(self, axis: int = -1) -> Moments:
+        """The moments of the tensors along `axis` as of one tensor: the weights of a layer in the same steps.
 
-@dataclasses.dataclass
+        Differs from `merge` in `peak` and `trough`: the squared norms of one step add. They are exact in windows of one
+        step. In wider ones the weights may peak in different steps: `peak` is an upper and `trough` a lower bound.
+        """
+        merged = self.merge(axis)
+        total = np.nansum(self.array, axis=axis if axis >= 0 else axis - 1)
+        measured = ~np.isnan(merged.count)
+        for name in ("peak", "trough"):
+            column = np.minimum(total[..., MOMENTS.index(name)], merged.sumsq)
+            merged.array[..., MOMENTS.index(name)] = np.where(measured, column, np.nan)
+        return merged
+
+
+@dataclasses.dataclass(eq=False)
 class Record:
     """T consecutive windows of steps, all axes named by a roster.
 
@@ -223,7 +248,7 @@ class Record:
       steps: [T, 2] int64: first and last step of each window.
       wall_time: [T] float64: seconds since the epoch at which the window's last step had run.
       moments: subject -> [T, P, M] float64.
-      joint: [T, P, J] float64.
+      joint: [T, P, J] float64, columns as in `JOINT`. NaN: not measured.
       scalars: [T, K, 3] float64, columns as in `SCALAR`.
     """
 
@@ -252,13 +277,14 @@ class Record:
     def merge(self) -> Record:
         """All windows as one."""
         width = (self.steps[:, 1] - self.steps[:, 0] + 1)[:, None]
-        mean = (self.scalars[:, :, 0] * width).sum(0) / width.sum()
+        with np.errstate(invalid="ignore", over="ignore"):  # inf - inf is NaN, as it should be
+            mean = (self.scalars[:, :, 0] * width).sum(0) / width.sum()
         low, high = np.fmin.reduce(self.scalars[:, :, 1]), np.fmax.reduce(self.scalars[:, :, 2])
         return Record(
             np.array([[self.steps[0, 0], self.steps[-1, 1]]], np.int64),
             self.wall_time[-1:],
             {subject: Moments(cube).merge(0).array[None] for subject, cube in self.moments.items()},
-            np.nansum(self.joint, axis=0, keepdims=True),
+            np.where(np.isnan(self.joint).all(0), np.nan, np.nansum(self.joint, axis=0))[None],
             np.stack([mean, low, high], axis=-1)[None],
         )
 
