@@ -1,0 +1,210 @@
+"""The command line: `trainrt report`, `explain`, `demo`.
+
+Imports are inside the commands, so that each starts as fast as it can; only `demo` needs TensorFlow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainrt import __version__
+
+if TYPE_CHECKING:
+    from trainrt.findings import Finding
+    from trainrt.run import Run
+
+BAD_INPUT = 2
+"""Exit status when what was asked for is not there; argparse uses it too."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+      The exit status: 0, or 2 when the input is bad.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        status = options.command(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader, `head` for one, has seen enough. Python would complain once more while it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="trainrt", description="Tells why a TensorFlow model does not learn.")
+    parser.add_argument("--version", action="version", version=f"trainrt {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    report = commands.add_parser("report", help="print what is wrong with a recorded run")
+    report.add_argument("logdir", type=Path, help="the directory given to trainrt.fit, or one above it")
+    report.add_argument("--json", action="store_true", help="print JSON")
+    report.add_argument("--all", action="store_true", help="report every run in the directory, not the newest alone")
+    report.set_defaults(command=_report)
+
+    explain = commands.add_parser("explain", help="list the rules, or print what one means")
+    explain.add_argument("rule", nargs="?", help="name of a rule")
+    explain.set_defaults(command=_explain)
+
+    demo = commands.add_parser("demo", help="train a healthy and a faulty model on digits, and see what is found")
+    demo.add_argument("--logdir", type=Path, default=Path("trainrt-demo"), help="where to write (%(default)s)")
+    demo.add_argument("--epochs", type=_positive, default=None, help="epochs of each run")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def _report(options: argparse.Namespace) -> int:
+    from trainrt.findings import diagnose
+    from trainrt.run import Run
+
+    if not options.logdir.exists():
+        return _refuse(
+            f"{options.logdir} does not exist. Give the directory that was passed as trainrt.fit(logdir=...)."
+        )
+    try:
+        found = Run.find(options.logdir)
+        if not found:
+            return _refuse(
+                f"no trainrt run lies in {options.logdir}. Write one: trainrt.fit(..., logdir={str(options.logdir)!r})."
+            )
+        chosen = found if options.all else found[-1:]
+        runs = [Run.open(path) for path in chosen]
+    except (OSError, ValueError) as error:
+        return _refuse(f"{options.logdir} cannot be read: {error}")
+    others = [str(path) for path in found if path not in chosen]
+    reports = [(path, run, diagnose(run)) for path, run in zip(chosen, runs, strict=True)]
+    if options.json:
+        body = {"runs": [_as_json(path, run, findings) for path, run, findings in reports], "others": others}
+        print(json.dumps(body, indent=2, allow_nan=False))
+        return 0
+    for path, run, findings in reports:
+        _print_report(path, run, findings)
+    if others:
+        _say(
+            f"{len(others)} other run{'s' if len(others) > 1 else ''} here (this was the newest; --all reports all): "
+            + ", ".join(others)
+        )
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from trainrt.findings import ALL, explain
+
+    if options.rule is None:
+        width = max(len(rule.__name__) for rule in ALL)
+        for rule in ALL:
+            print(f"{rule.__name__:{width}}  {explain(rule).splitlines()[0]}")
+        return 0
+    rule = next((rule for rule in ALL if rule.__name__ == options.rule), None)
+    if rule is None:
+        return _refuse(f"there is no rule {options.rule!r}; the rules are {', '.join(r.__name__ for r in ALL)}.")
+    print(f"{rule.__name__}\n\n{explain(rule)}")
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    # TensorFlow writes a dozen lines about the CPU and missing GPU libraries when it loads.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from trainrt import demo
+
+    return demo.run(options.logdir, **({} if options.epochs is None else {"epochs": options.epochs}))
+
+
+def _print_report(path: Path, run: Run, findings: list[Finding]) -> None:
+    from trainrt.findings.render import render
+
+    lines = summary(run)
+    width = max((len(label) for label, _ in lines), default=0)
+    _say(str(path))
+    for label, words in lines:
+        _say(f"  {label:{width}}  {words}")
+    print()
+    render(findings)
+
+
+def summary(run: Run) -> list[tuple[str, str]]:
+    """A run in a few labelled lines: what trained, how far it came, how it ended, what could not be read."""
+    environment = run.environment or {}
+    lines: list[tuple[str, str]] = []
+    parameters = run.roster.parameters
+    size = sum(parameter.size for parameter in parameters)
+    model = environment.get("model")
+    name = f"{model.get('name') if isinstance(model, dict) else model}, " if model else ""
+    lines.append(("model", f"{name}{len(parameters)} trainable weights, {size:,} elements"))
+    optimizer = environment.get("optimizer")
+    if optimizer:
+        lines.append(("optimizer", _optimizer(optimizer)))
+    clip = (environment.get("fit") or {}).get("clip")
+    if clip:
+        lines.append(("clip", str(clip)))
+    if len(run.steps):
+        lines.append(("steps", f"{run.steps[0, 0]} to {run.steps[-1, 1]}, in {len(run.steps)} windows"))
+    else:
+        lines.append(("steps", "none were recorded"))
+    if "loss" in run.roster.scalars and len(run.steps):
+        loss = run.scalar("loss")
+        lines.append(("loss", f"{loss[0]:.4g} -> {loss[-1]:.4g}"))
+    if run.epochs:
+        last = run.epochs[-1]
+        logs = ", ".join(f"{name} {value:.4g}" for name, value in last.logs.items() if isinstance(value, (int, float)))
+        lines.append(("epochs", f"{len(run.epochs)}; the last: {logs}"))
+    lines.append(("ended", _ending(run.end)))
+    lines.extend(("problem", str(problem)) for problem in run.problems)
+    return lines
+
+
+def _optimizer(optimizer: Any) -> str:
+    if not isinstance(optimizer, dict):
+        return str(optimizer)
+    config = optimizer.get("config") or {}
+    shown = [
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in config.items()
+        if key != "name" and isinstance(value, (int, float, str)) and value is not False
+    ]
+    return f"{optimizer.get('name', '?')}({', '.join(shown)})"
+
+
+def _ending(end: Mapping[str, Any] | None) -> str:
+    if end is None:
+        return "not yet, or it was killed: the record has no end"
+    return f"{end.get('how', '?')}{': ' if end.get('detail') else ''}{end.get('detail') or ''}"
+
+
+def _as_json(path: Path, run: Run, findings: list[Finding]) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "summary": dict(summary(run)),
+        "steps": [int(run.steps[0, 0]), int(run.steps[-1, 1])] if len(run.steps) else None,
+        "windows": len(run.steps),
+        "problems": [str(problem) for problem in run.problems],
+        "findings": [finding.to_dict() for finding in findings],
+    }
+
+
+def _say(words: str) -> None:
+    from trainrt.findings.render import printable
+
+    indent = len(words) - len(words.lstrip())
+    print(" " * indent + printable(words, sys.stdout.encoding))
+
+
+def _refuse(words: str) -> int:
+    print(f"trainrt: {words}", file=sys.stderr)
+    return BAD_INPUT

@@ -1,0 +1,81 @@
+"""`trainrt demo`: the same model on the same digits, once healthy and once strangled by its clip."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+EPOCHS = 8
+CLIPS = {"healthy": 1.0, "stagnating": 1e-4}
+"""Global norms. The gradients of this model have norms around 1, so the second lets a ten-thousandth through."""
+
+
+def run(logdir: Path, epochs: int = EPOCHS) -> int:
+    """Trains both runs, tells what was found in each, and how to look at them.
+
+    Args:
+      logdir: The runs are written under it, each under its name.
+      epochs: Epochs of each run.
+
+    Returns:
+      The exit status: 0, or 2 when `logdir` cannot be written.
+    """
+    try:
+        logdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"trainrt: {logdir} cannot be written: {error}", file=sys.stderr)
+        return 2
+    print("Loading TensorFlow ...", flush=True)
+    import keras
+
+    import trainrt
+    from trainrt import digits
+    from trainrt.findings.render import render
+
+    train, test = digits.load()
+    for name, clip in CLIPS.items():
+        keras.utils.set_random_seed(1)
+        directory = logdir / name
+        print(
+            f"\n== {name}: SGD with momentum, clip={clip:g}, on {len(train[1])} digits, into {directory}\n", flush=True
+        )
+        history = trainrt.fit(
+            build(), *train, batch_size=32, epochs=epochs, validation_data=test, clip=clip, logdir=directory
+        )
+        print(f"\nWhat trainrt found in the {name} run:\n")
+        render(history.findings)
+    print(
+        "\nThe same from the files alone:\n"
+        f"  trainrt report {shlex.quote(str(directory))}\n"
+        "Look at both runs:\n"
+        f"  tensorboard --logdir {shlex.quote(str(logdir))}"
+    )
+    return 0
+
+
+def build():
+    """A small convolutional classifier, compiled.
+
+    Returns:
+      A keras.Model from [N, 8, 8, 1] to [N, 10] logits.
+    """
+    import keras
+
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(16, 3, activation="relu", name="conv"),
+            keras.layers.Flatten(name="flatten"),
+            keras.layers.Dense(64, activation="relu", name="hidden"),
+            keras.layers.Dense(10, name="logits"),
+        ],
+        name="digits",
+    )
+    model.compile(
+        optimizer=keras.optimizers.SGD(0.05, momentum=0.9),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    return model
+

@@ -1,0 +1,125 @@
+"""A rule is a pure function of a run. This module runs them, folds consequences under their cause, and ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from trainrt.findings.finding import SEVERITIES, Finding
+from trainrt.run import Run
+
+Rule = Callable[[Run], Iterator[Finding]]
+
+
+def rule(function: Rule) -> Rule:
+    """Marks a generator of findings as a rule. Its name finishes the sentence "this run has a ...", its docstring is
+    its help page: a first line, then Means, Matters, Try and Source, and doctests of a run that fires it and one that
+    does not. A rule in a module of this package is found by itself; one elsewhere is handed to `diagnose`."""
+    function.is_rule = True  # type: ignore[attr-defined]
+    return function
+
+
+def collect(module) -> list[Rule]:
+    """The rules defined in a module, in the order of its source."""
+    members = [
+        member
+        for member in vars(module).values()
+        if getattr(member, "is_rule", False) and member.__module__ == module.__name__
+    ]
+    return sorted(members, key=lambda member: inspect.unwrap(member).__code__.co_firstlineno)
+
+
+def diagnose(run: Run, rules: Iterable[Rule] | None = None) -> list[Finding]:
+    """What is wrong with a run, the likeliest root cause first, its consequences folded under it.
+
+    Args:
+      run: A run, finished or not.
+      rules: The rules to ask. None is `trainrt.findings.ALL`.
+
+    Returns:
+      Findings, most severe and most certain first. Of several findings that one cause explains there is one, whose
+      `evidence["consequences"]` tells the others. A rule that raises becomes an info that names the rule and the
+      error, and the others go on.
+    """
+    if rules is None:
+        from trainrt.findings import ALL as rules
+    found: list[Finding] = []
+    # Rules compute on NaN rows, which are "not measured", and divide by norms that may be zero.
+    with np.errstate(all="ignore"):
+        for each in rules:
+            try:
+                found.extend(each(run))
+            except Exception as error:
+                found.append(_broken(each, error, run))
+    return sorted(fold(found), key=_rank)
+
+
+def fold(findings: Iterable[Finding]) -> list[Finding]:
+    """One finding for each root cause: the others that name it become its consequences.
+
+    What begins at or after the first non-finite number follows from it, whatever else it looks like.
+    """
+    heads: list[Finding] = []
+    origin = min((f.steps[0] for f in findings if f.rule == "nonfinite" and f.severity == "error"), default=None)
+    for finding in sorted(findings, key=_rank):
+        head = next((i for i, other in enumerate(heads) if _explains(other, finding, origin)), None)
+        if head is None:
+            heads.append(finding)
+        else:
+            heads[head] = _absorb(heads[head], finding)
+    return heads
+
+
+def _explains(head: Finding, finding: Finding, origin: int | None) -> bool:
+    if not (head.causes and finding.causes):
+        return False
+    after = head.rule == "nonfinite" and head.steps[0] == origin and finding.steps[0] >= origin
+    return after or head.causes[0] == finding.causes[0]
+
+
+def _absorb(head: Finding, finding: Finding) -> Finding:
+    consequence = {"rule": finding.rule, "where": list(finding.where), "message": finding.message}
+    # The run as a whole, (), already contains every weight.
+    where = tuple(dict.fromkeys((*head.where, *finding.where))) if head.where and finding.where else ()
+    if head.rule == "nonfinite":
+        where = head.where  # the first tensor is the point of that finding
+    return dataclasses.replace(
+        head,
+        where=where,
+        causes=tuple(
+            dict.fromkeys((*head.causes, *(c for c in finding.causes if head.causes[0] == finding.causes[0])))
+        ),
+        steps=(min(head.steps[0], finding.steps[0]), max(head.steps[1], finding.steps[1])),
+        evidence={**head.evidence, "consequences": [*head.evidence.get("consequences", []), consequence]},
+        advice=tuple(dict.fromkeys((*head.advice, *finding.advice)))
+        if head.causes[0] == finding.causes[0]
+        else head.advice,
+    )
+
+
+def _rank(finding: Finding):
+    return -SEVERITIES.index(finding.severity), -finding.confidence, finding.steps[0], finding.rule, finding.where
+
+
+def _broken(each: Rule, error: Exception, run: Run) -> Finding:
+    name = getattr(each, "__name__", repr(each))
+    steps = (int(run.steps[0, 0]), int(run.steps[-1, 1])) if len(run.steps) else (0, 0)
+    return Finding(
+        rule=name,
+        severity="info",
+        confidence=0.0,
+        causes=(),
+        where=(),
+        steps=steps,
+        message=f"The rule {name} could not judge this run: {type(error).__name__}: {error}",
+        evidence={"error": type(error).__name__},
+        advice=("Please report it with the log directory; the other rules are not affected.",),
+    )
+
+
+def explain(each: Rule) -> str:
+    """The help page of a rule: its docstring without the doctests' markup of module paths."""
+    return inspect.getdoc(each) or f"{each.__name__} has no docstring."

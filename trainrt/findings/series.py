@@ -1,0 +1,117 @@
+"""Series that more than one rule reads from a run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from trainrt.run import Run
+
+
+def observed(run: Run) -> np.ndarray:
+    """[T] steps of each window whose tensors were measured: fewer than its width when only every n-th was."""
+    sizes = np.array([max(parameter.size, 1) for parameter in run.roster.parameters])
+    return _reduce(np.fmax, run.moments("update").count / sizes)
+
+
+def clip_scale(run: Run) -> np.ndarray:
+    """[T] mean factor by which the clip multiplied the gradients; of several weights the smallest. 1 is no clip."""
+    return _reduce(np.fmin, run.joint("scale") / run.joint("steps"))
+
+
+def clipped_share(run: Run) -> np.ndarray:
+    """[T] share of the window's steps in which the clip held."""
+    return _reduce(np.fmax, run.joint("clipped") / run.joint("steps"))
+
+
+def kernels(run: Run) -> np.ndarray:
+    """[P] bool: weights whose update ratio means something. A bias or a weight that begins at zero has no size of its
+    own to compare with."""
+    matrix = np.array([len(parameter.shape) >= 2 for parameter in run.roster.parameters], bool)
+    if not len(run.steps):
+        return matrix
+    weight = run.moments("weight")
+    # A window of several steps holds the first weights only in its trough; a zero-initialised one has left zero since.
+    return matrix & (weight.trough_norm[0] > 0.1 * np.nan_to_num(weight.peak_norm[0]))
+
+
+def kernel_ratio(run: Run) -> np.ndarray:
+    """[T, P] update over weight, root mean squares, over the elements that moved: a table of which a batch uses few
+    rows is judged by those rows. NaN where it means nothing."""
+    update = run.moments("update")
+    moved = 1 - update.zero_share
+    ratio = run["update_ratio"] / np.sqrt(np.where(moved > 0, moved, np.nan))
+    return np.where(kernels(run), ratio, np.nan)
+
+
+def percentile(values: np.ndarray, q: float, weights: np.ndarray | None = None) -> float:
+    """The q-th percentile (0 to 100) of the finite values, each as often as its weight says; NaN if there are none.
+
+    >>> percentile(np.array([1.0, np.nan, 2.0, 9.0]), 50)
+    2.0
+    """
+    values = np.asarray(values, np.float64)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
+    keep = np.isfinite(values) & (weights > 0)
+    if not keep.any():
+        return float("nan")
+    values, weights = values[keep], weights[keep]
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(reached, q / 100 * reached[-1])])
+
+
+@dataclasses.dataclass(frozen=True)
+class Trend:
+    """How the loss went, in levels that one batch cannot move.
+
+    Attributes:
+      first: Level over the first tenth of the steps.
+      last: Level over the last fifth of the steps.
+      best: Lowest level of any tenth.
+      worst: Highest level of any tenth, infinite values left out.
+      start: Mean of the first window, a single batch when the windows are single steps.
+      noise: Spread of a window around the trend, as a standard deviation (1.4826 MAD of the differences).
+    """
+
+    first: float
+    last: float
+    best: float
+    worst: float
+    start: float
+    noise: float
+
+    @property
+    def fall(self) -> float:
+        """Share of the first level that the loss has lost; negative when it rose."""
+        return (max(self.first, self.start) - self.last) / max(abs(self.first), abs(self.start), 1e-300)
+
+
+def loss_trend(run: Run) -> Trend:
+    """The trend of the batch loss."""
+    loss = scalar(run, "loss")
+    width = (run.steps[:, 1] - run.steps[:, 0] + 1).astype(float)
+    tenths = [part for part in np.array_split(np.arange(len(loss)), min(10, len(loss))) if len(part)]
+    levels = np.array([percentile(loss[part], 50, width[part]) for part in tenths])
+    steps = np.diff(loss[np.isfinite(loss)])
+    # Differences of neighbours hold the noise twice and the trend hardly at all.
+    noise = 1.4826 * percentile(np.abs(steps - percentile(steps, 50)), 50) / np.sqrt(2) if len(steps) else 0.0
+    known = levels[np.isfinite(levels)]
+    if not len(known):
+        nan = float("nan")
+        return Trend(nan, nan, nan, nan, nan, nan)
+    finite = loss[np.isfinite(loss)]
+    tail = slice(-max(1, len(loss) // 5), None)
+    last = percentile(loss[tail], 50, width[tail])
+    return Trend(known[0], last, known.min(), known.max(), float(finite[0]), float(np.nan_to_num(noise)))
+
+
+def _reduce(function: np.ufunc, values: np.ndarray) -> np.ndarray:
+    """[T] of [T, P], NaN left out; NaN where a window has nothing else."""
+    return function.reduce(values, axis=1) if values.shape[1] else np.full(len(values), np.nan)
+
+
+def scalar(run: Run, name: str, column: str = "mean") -> np.ndarray:
+    """[T] of a scalar; all NaN where the run has no such scalar."""
+    return run.scalar(name, column) if name in run.roster.scalars else np.full(len(run.steps), np.nan)
