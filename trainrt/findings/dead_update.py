@@ -298,7 +298,7 @@ def _finding(view: _View, reason: _Reason, weights: list[int]) -> Finding:
     t = int(min(view.start[p] for p in weights))
     steps = int(run.steps[t, 0]), int(run.steps[-1, 1])
     gradient, update = view.gradient[t:], view.update[t:]
-    share = np.nanmean(np.where(np.isnan(update.zero_share), 1.0, update.zero_share)[:, weights])
+    share = np.where(np.isnan(update.zero_share), 1.0, update.zero_share)[:, weights].mean()
     all_of = len(paths) == len(run.roster.parameters)
     which = "No weight moves" if all_of else f"{shorten(paths)} {'does' if len(paths) == 1 else 'do'} not move"
     return Finding(
@@ -314,7 +314,7 @@ def _finding(view: _View, reason: _Reason, weights: list[int]) -> Finding:
             "unchanged_share": float(share),
             "unchanged_threshold": UNCHANGED,
             "gradient_nonzero_share": {
-                path: float(np.nanmean(1 - gradient.zero_share[:, p])) for path, p in zip(paths, weights, strict=True)
+                path: percentile(1 - gradient.zero_share[:, p], 50) for path, p in zip(paths, weights, strict=True)
             },
             "learning_rate": float(percentile(scalar(run, "learning_rate")[t:], 50)),
             "clip_scale": float(percentile(clip_scale(run)[t:], 50)),
