@@ -114,8 +114,8 @@ def encode_findings(findings: Sequence[Mapping[str, Any]], step: int, wall_time:
 
 def encode_end(how: str, detail: str = "", *, step: int = 0, wall_time: float | None = None) -> bytes:
     """How the run ended: `finished`, `stopped` or `exception`. A run without one still runs or was killed."""
-    content = {"how": how, "detail": detail, "wall_time": _now(wall_time)}
-    return _encode_json("end", content, step, content["wall_time"])
+    ended = _now(wall_time)
+    return _encode_json("end", {"how": how, "detail": detail, "wall_time": ended}, step, ended)
 
 
 def encode_scalars(step: int, wall_time: float | None, scalars: Mapping[str, float]) -> bytes:
@@ -518,7 +518,7 @@ class Reader:
                 regions[name] = _Region(self._file, self.offset + 12 + at, dtype, shape)
                 at += size
         steps = arrays["steps"]
-        _check((steps[:, 0] <= steps[:, 1]).all() and (steps[1:, 0] > steps[:-1, 1]).all(), "the order of its steps")
+        _check(bool((steps[:, 0] <= steps[:, 1]).all() and (steps[1:, 0] > steps[:-1, 1]).all()), "the order of steps")
         joint = regions.pop("joint")
         moments = {name.removeprefix("moments/"): region for name, region in regions.items()}
         return StoredRecord(steps, arrays["wall_time"], arrays["scalars"], joint, moments)

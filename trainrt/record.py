@@ -225,19 +225,30 @@ class Moments:
         merged[..., MOMENTS.index("trough")] = low[..., MOMENTS.index("trough")]
         return Moments(np.where(measured.any(axis=axis), merged, np.nan))
 
-    def join(self, axis: int = -1) -> Moments:
-        """The moments of the tensors along `axis` as of one tensor: the weights of a layer in the same steps.
+    def join(self, groups: Sequence[np.ndarray]) -> Moments:
+        """The moments of each group of tensors as of one tensor: the weights of a layer in the same steps.
 
         Differs from `merge` in `peak` and `trough`: the squared norms of one step add. They are exact in windows of one
         step. In wider ones the weights may peak in different steps: `peak` is an upper and `trough` a lower bound.
+
+        Args:
+          groups: G non-empty arrays of indices along the last axis.
+
+        Returns:
+          [..., G]. A tensor that was not measured is left out of its group.
         """
-        merged = self.merge(axis)
-        total = np.nansum(self.array, axis=axis if axis >= 0 else axis - 1)
-        measured = ~np.isnan(merged.count)
-        for name in ("peak", "trough"):
-            column = np.minimum(total[..., MOMENTS.index(name)], merged.sumsq)
-            merged.array[..., MOMENTS.index(name)] = np.where(measured, column, np.nan)
-        return merged
+        if not groups:
+            return self[..., :0]
+        starts = np.cumsum([0, *map(len, groups[:-1])])
+        a = self.array[..., np.concatenate(groups), :]
+        measured = ~np.isnan(a[..., :1])
+        a = np.where(measured, a, 0.0)
+        joined = np.add.reduceat(a, starts, axis=-2)
+        absmax, sumsq, peak, trough = (MOMENTS.index(name) for name in ("absmax", "sumsq", "peak", "trough"))
+        joined[..., absmax] = np.maximum.reduceat(a[..., absmax], starts, axis=-1)
+        for column in (peak, trough):
+            joined[..., column] = np.minimum(joined[..., column], joined[..., sumsq])
+        return Moments(np.where(np.logical_or.reduceat(measured, starts, axis=-2), joined, np.nan))
 
 
 @dataclasses.dataclass(eq=False)

@@ -222,10 +222,9 @@ class Run:
         at = 0
         for chunk in self._chunks:
             part = read(chunk)
-            if self._joined:
-                part = np.stack([join(part[:, group]) for group in self._groups or ()], axis=1)
-            elif self._groups is not None:
-                part = part[:, np.concatenate(self._groups)] if self._groups else part[:, :0]
+            if self._groups is not None:
+                single = not self._joined
+                part = part[:, [int(group[0]) for group in self._groups]] if single else join(part, self._groups)
             cube[at : at + len(part)] = part
             at += len(part)
         return cube
@@ -432,17 +431,23 @@ def _age(file: Path) -> tuple[float, float, str]:
     return (float(seconds) if seconds.isdecimal() else -math.inf, written, str(file))
 
 
-def _join_moments(part: np.ndarray) -> np.ndarray:
-    """[T, weights, M] -> [T, M]"""
-    return Moments(part).join(1).array
+def _join_moments(part: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
+    """[T, P, M] -> [T, groups, M]"""
+    return Moments(part).join(groups).array
 
 
-def _join_sums(part: np.ndarray) -> np.ndarray:
-    """[T, weights, J] -> [T, J]"""
-    joined = np.where(np.isnan(part).all(1), np.nan, np.nansum(part, axis=1))
-    steps, most = joined[:, JOINT.index("steps")], np.fmax.reduce(part[:, :, JOINT.index("steps")], axis=1)
+def _join_sums(part: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
+    """[T, P, J] -> [T, groups, J]: steps are the most of any weight, scales and clipped steps means over weights."""
+    if not groups:
+        return part[:, :0]
+    starts = np.cumsum([0, *map(len, groups[:-1])])
+    part = part[:, np.concatenate(groups)]
+    measured = ~np.isnan(part)
+    joined = np.add.reduceat(np.where(measured, part, 0.0), starts, axis=1)
+    steps = JOINT.index("steps")
+    most = np.fmax.reduceat(part[..., steps], starts, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
         for name in ("scale", "clipped"):
-            joined[:, JOINT.index(name)] *= most / steps
-    joined[:, JOINT.index("steps")] = most
-    return joined
+            joined[..., JOINT.index(name)] *= most / joined[..., steps]
+    joined[..., steps] = most
+    return np.where(np.logical_or.reduceat(measured, starts, axis=1), joined, np.nan)

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
@@ -48,7 +49,7 @@ class Statistic:
     Attributes:
       name: Name of its function.
       unit: `"1"` for a ratio or a share, otherwise what it is measured in.
-      needs: Names of its arguments.
+      needs: Names of its arguments that have no default.
       function: Arguments -> [T, P].
     """
 
@@ -86,7 +87,11 @@ def statistic(function=None, *, unit="1"):
       ValueError: The package has a statistic of that name.
     """
     if function is None:
-        return lambda f: statistic(f, unit=unit)
+        return functools.partial(_register, unit)
+    return _register(unit, function)
+
+
+def _register(unit: str, function: Function) -> Function:
     name = function.__name__
     known = STATISTICS.get(name)
     if known is not None and known.function.__module__ == __name__ != function.__module__:
@@ -149,7 +154,7 @@ def _needs(function: Function) -> tuple[str, ...]:
                 "The names of a statistic's arguments say what it needs, such as `gradient` or `learning_rate`. "
                 f"Received: {function.__name__}{inspect.signature(function)}. Name each argument."
             )
-    return tuple(parameter.name for parameter in parameters)
+    return tuple(parameter.name for parameter in parameters if parameter.default is parameter.empty)
 
 
 # --------------------------------------------------------------------------------------------- quantities of a tensor
