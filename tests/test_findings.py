@@ -1,5 +1,6 @@
 """Each rule fires on what it is about, says the right reason, and is silent on healthy runs."""
 
+import dataclasses
 import doctest
 import inspect
 import io
@@ -363,6 +364,90 @@ def test_verdict_on_the_rate_is_free_of_scale():
         assert rate(update_ratio=1e-3, loss=unit * falling(), **values) == []
 
 
+def test_vanishing_gradient_comes_before_a_low_rate():
+    gradient = per_weight(first_kernel=1e-6, first_bias=1e-6, other=1.0)
+    found = rate(update_ratio=1e-6, gradient_norm=gradient, loss=flat())
+    assert [f.causes[:2] for f in found] == [("vanishing_gradient", "lr_too_low")]
+
+
+def test_late_phase_that_hardly_moves_is_worth_no_more_than_an_info():
+    assert [f.severity for f in rate(update_ratio=1e-6, loss=flat(0.6, 0.02))] == ["info"]
+
+
+# ----------------------------------------------------------------------------------------------------------- real runs
+
+
+@pytest.fixture(scope="module")
+def digits():
+    from trainrt import digits
+
+    (x, y), _ = digits.load()
+    return x.reshape(len(x), -1), y
+
+
+def train(digits, optimizer, model=None, loss=None, epochs=3, **options):
+    import keras
+
+    import trainrt
+
+    keras.utils.set_random_seed(1)
+    layers = [keras.layers.Dense(32, activation="relu", name="hidden"), keras.layers.Dense(10, name="logits")]
+    model = model or keras.Sequential([keras.Input((64,)), *layers], name="net")
+    model.compile(optimizer, loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return trainrt.fit(model, *digits, epochs=epochs, verbose=0, **options).findings
+
+
+def healthy_optimizers():
+    from keras import optimizers
+
+    cosine = optimizers.schedules.CosineDecay(3e-3, 45 * 3)
+    return {
+        "adam": optimizers.Adam(1e-3),
+        "sgd": optimizers.SGD(0.1),
+        "momentum": optimizers.SGD(0.05, momentum=0.9, nesterov=True),
+        "cosine to zero": optimizers.AdamW(cosine),
+        "accumulation": optimizers.Adam(1e-3, gradient_accumulation_steps=4),
+    }
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd", "momentum", "cosine to zero", "accumulation"])
+def test_real_healthy_runs_are_silent(digits, name):
+    assert [str(f) for f in train(digits, healthy_optimizers()[name])] == []
+    assert [str(f) for f in train(digits, healthy_optimizers()[name], clip=1.0, observe=3)] == []
+
+
+@pytest.mark.parametrize(
+    ("cause", "rate", "clip"), [("lr_too_high", 10.0, None), ("lr_too_low", 1e-6, None), ("clip_too_tight", 0.1, 1e-4)]
+)
+def test_real_run_with_a_fault_names_it_first(digits, cause, rate, clip):
+    from keras import optimizers
+
+    found = train(digits, optimizers.SGD(rate), clip=clip)
+    assert [f.causes[0] for f in found] == [cause]
+    assert found[0].steps[0] == 0
+
+
+def test_real_nan_in_one_sample_names_the_first_kernel_and_the_step_in_which_it_came(digits):
+    from keras import optimizers
+
+    x, y = digits[0].copy(), digits[1]
+    x[32 * 20 + 5, 3] = np.nan
+    found = train((x, y), optimizers.SGD(0.1), epochs=1, shuffle=False)
+    assert [(f.rule, f.causes[0], f.steps[0]) for f in found] == [("nonfinite", "nan_in_data", 20)]
+
+
+def test_real_branch_behind_a_stopped_gradient_is_cut(digits):
+    import keras
+
+    inputs = keras.Input((64,))
+    cut = keras.ops.stop_gradient(keras.layers.Dense(4, name="cut")(inputs))
+    used = keras.layers.Dense(16, activation="relu", name="used")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(10, name="logits")(keras.layers.Concatenate()([used, cut])))
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        found = train(digits, keras.optimizers.Adam(1e-3), model, epochs=1)
+    assert [(f.causes[0], f.where) for f in found] == [("graph_cut", ("cut/kernel", "cut/bias"))]
+
+
 # ------------------------------------------------------------------------------------------------- ranking and folding
 
 
@@ -422,6 +507,16 @@ def test_what_begins_after_the_first_nan_is_its_consequence_and_what_began_befor
     head = next(f for f in folded if f.rule == "nonfinite")
     assert (head.where, head.causes) == (("a",), ("unstable_loss",))
     assert [c["rule"] for c in head.evidence["consequences"]] == ["x"]
+
+
+def test_units_that_die_after_steps_that_were_too_large_are_a_consequence():
+    high, died = (
+        finding(steps=(0, 99), where=("a",)),
+        finding("dead", causes=("dying_relu",), steps=(5, 99), where=("b",)),
+    )
+    (one,) = fold([died, high])
+    assert (one.causes, one.where, one.evidence["consequences"][0]["where"]) == (("lr_too_high",), ("a",), ["b"])
+    assert len(fold([dataclasses.replace(died, steps=(0, 99)), high])) == 2
 
 
 def test_rule_that_raises_becomes_an_info_and_the_others_go_on():

@@ -133,7 +133,7 @@ def _print_report(path: Path, run: Run, findings: list[Finding]) -> None:
     width = max((len(label) for label, _ in lines), default=0)
     _say(str(path))
     for label, words in lines:
-        _say(f"  {label:{width}}  {words}")
+        _say(words, f"  {label:{width}}  ")
     print()
     render(findings)
 
@@ -173,12 +173,13 @@ def _optimizer(optimizer: Any) -> str:
     if not isinstance(optimizer, dict):
         return str(optimizer)
     config = optimizer.get("config") or {}
+    unused = () if config.get("use_ema") else ("ema_momentum",)
     shown = [
         f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in config.items()
-        if key != "name" and isinstance(value, (int, float, str)) and value is not False
+        if key not in ("name", *unused) and isinstance(value, (int, float, str)) and value is not False
     ]
-    return f"{optimizer.get('name', '?')}({', '.join(shown)})"
+    return f"{optimizer.get('class') or optimizer.get('name', '?')}({', '.join(shown)})"
 
 
 def _ending(end: Mapping[str, Any] | None) -> str:
@@ -198,11 +199,10 @@ def _as_json(path: Path, run: Run, findings: list[Finding]) -> dict[str, Any]:
     }
 
 
-def _say(words: str) -> None:
+def _say(words: str, label: str = "") -> None:
     from trainrt.findings.render import printable
 
-    indent = len(words) - len(words.lstrip())
-    print(" " * indent + printable(words, sys.stdout.encoding))
+    print(label + printable(words, sys.stdout.encoding))
 
 
 def _refuse(words: str) -> int:

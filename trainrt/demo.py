@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from trainrt.findings import Finding
+from trainrt.findings.finding import shorten
 
 EPOCHS = 8
 CLIPS = {"healthy": 1.0, "stagnating": 1e-4}
@@ -31,7 +35,6 @@ def run(logdir: Path, epochs: int = EPOCHS) -> int:
 
     import trainrt
     from trainrt import digits
-    from trainrt.findings.render import render
 
     train, test = digits.load()
     for name, clip in CLIPS.items():
@@ -41,17 +44,30 @@ def run(logdir: Path, epochs: int = EPOCHS) -> int:
             f"\n== {name}: SGD with momentum, clip={clip:g}, on {len(train[1])} digits, into {directory}\n", flush=True
         )
         history = trainrt.fit(
-            build(), *train, batch_size=32, epochs=epochs, validation_data=test, clip=clip, logdir=directory
+            build(), *train, batch_size=32, epochs=epochs, validation_data=test, clip=clip, logdir=str(directory)
         )
-        print(f"\nWhat trainrt found in the {name} run:\n")
-        render(history.findings)
+        accuracy = history.history["val_accuracy"][-1]
+        print(f"\n{name}: test accuracy {accuracy:.3f} after {epochs} epochs. {verdict(history.findings)}")
     print(
-        "\nThe same from the files alone:\n"
+        "\nThe findings again, from the files alone:\n"
         f"  trainrt report {shlex.quote(str(directory))}\n"
         "Look at both runs:\n"
         f"  tensorboard --logdir {shlex.quote(str(logdir))}"
     )
     return 0
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """What was found and where, in one sentence.
+
+    >>> verdict([])
+    'trainrt found nothing wrong.'
+    """
+    if not findings:
+        return "trainrt found nothing wrong."
+    first = findings[0]
+    where = shorten(first.where) or "the run"
+    return f"trainrt found {' or '.join(first.causes)} at {where}, from step {first.steps[0]} on."
 
 
 def build():
@@ -78,4 +94,3 @@ def build():
         metrics=["accuracy"],
     )
     return model
-

@@ -20,6 +20,8 @@ SHARE_OF_RUN = 0.05
 """A schedule may end at nothing: only a stretch of this share of the run is worth a word."""
 TIGHT = 0.05
 """A clip that lets through less than this of the gradient, on nearly all steps."""
+LOPSIDED = 0.5
+"""Mean over root mean square of a kernel; a start around zero has nearly none."""
 CONVERGED = 1e-3
 """Of its first level: a loss that has fallen so far has nothing left to push with."""
 SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-8}
@@ -33,8 +35,8 @@ def dead_update(run: Run) -> Iterator[Finding]:
     Means:   at least 99 % of the elements that could move did not change by a bit, over the last 3 observed steps or
              more. An embedding of which a batch touches few rows is alive as long as those rows move.
     Matters: the layer learns nothing from here on, and the loss cannot tell: other layers may still improve.
-    Try:     depends on the reason, which is exactly one of: the loss does not reach the weight; its gradient is
-             exactly zero; its gradient is not finite and the step was skipped; the learning rate is zero; the clip
+    Try:     depends on the reason, which is exactly one of: the loss does not reach the weight; the gradient is
+             exactly zero; the gradient is not finite and the step was skipped; the learning rate is zero; the clip
              scales the gradient until the update rounds away; the update is under the spacing of the weight's dtype.
     Source:  SageMaker Debugger's UnchangedTensor (3 steps), made exact: equality of bits, not np.allclose.
 
@@ -47,13 +49,13 @@ def dead_update(run: Run) -> Iterator[Finding]:
     if not len(run.steps) or not run.roster.parameters:
         return
     view = _View.of(run)
-    reasons: dict[_Reason, list[int]] = {}
+    groups: dict[tuple, list[tuple[_Reason, int]]] = {}
     for p in np.flatnonzero(view.start < len(run.steps)):
         reason = _reason(view, int(p))
         if reason is not None:
-            reasons.setdefault(reason, []).append(int(p))
-    for reason, weights in reasons.items():
-        yield _finding(view, reason, weights)
+            groups.setdefault((reason.kind, reason.causes), []).append((reason, int(p)))
+    for group in groups.values():
+        yield _finding(view, max(group, key=lambda pair: pair[0].confidence)[0], [p for _, p in group])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +136,7 @@ def _unreached(view: _View, t: int) -> _Reason | None:
         ("graph_cut",),
         0.95,
         "error",
-        "the loss does not reach it: there is no gradient at all",
+        "the loss does not reach this part of the model: there is no gradient at all",
         (
             "Use the layer's output in the model's output, or set layer.trainable = False if it is meant to rest.",
             "Look for what cuts the graph in call(): tf.stop_gradient, .numpy(), tf.argmax, tf.cast to an integer, "
@@ -156,7 +158,7 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
             ("sample_weights_zero", "wrong_loss"),
             0.8,
             "error",
-            "its gradient is exactly zero because the loss is exactly zero from the first step",
+            "the gradient is exactly zero because the loss is exactly zero from the first step",
             (
                 "Check the sample weights and masks: are they all zero?",
                 "Check that the loss compares y with the model's output.",
@@ -174,19 +176,19 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
                 "Print model(x[:8]): are all rows equal?",
             ),
         )
-    zero = np.flatnonzero(np.nan_to_num(view.weight.zero_share[t:].min(axis=0)) == 1)
-    blocking = [q for q in zero if len(view.parameters[q].shape) >= 2 and q > p]
-    if blocking:
-        name = view.parameters[blocking[0]].path
+    matrices = [q for q, each in enumerate(view.parameters) if len(each.shape) >= 2]
+    empty = [q for q in matrices if np.nan_to_num(view.weight.zero_share[t:, q]).min(initial=1.0) == 1]
+    if empty:
+        names = shorten([view.parameters[q].path for q in empty])
         return _Reason(
             "zero weights",
             ("bad_init",),
-            0.8,
+            0.85,
             "error",
-            f"its gradient is exactly zero because every element of {name} behind it is zero",
+            f"the gradient is exactly zero because every element of {names} is zero",
             ("Give the kernel a random start: kernel_initializer='glorot_uniform' (the default) or 'he_normal'.",),
         )
-    first = next((q for q, each in enumerate(view.parameters) if len(each.shape) >= 2), None)
+    first = matrices[0] if matrices else None
     layer = view.parameters[p].layer
     mates = [q for q, each in enumerate(view.parameters) if each.layer == layer and q != p]
     if p == first and any(pushed[q] > 0 for q in mates):
@@ -195,15 +197,38 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
             ("inputs_constant", "inputs_too_small"),
             0.8,
             "error",
-            "its gradient is exactly zero while its layer's other weights have one: the inputs are all zero",
+            "the gradient is exactly zero while the layer's other weights have one: the inputs are all zero",
             ("Look at the inputs: x.min(), x.max(); an integer division or a cast may have made them zero.",),
         )
+    if t == 0 and view.run.steps[0, 0] == 0:
+        # From the very first step: no step that was too large can have killed the units.
+        still = [q for q in matrices if pushed[q] == 0]
+        balance = [view.weight.mean[0, q] / view.weight.rms[0, q] for q in still]
+        if any(abs(value) > LOPSIDED for value in balance):
+            return _Reason(
+                "one-sided start",
+                ("bad_init", "dying_relu", "saturated_activation"),
+                0.8,
+                "error",
+                "the gradient is exactly zero from the first step, with kernels that are nearly all of one sign",
+                ("Use an initializer around zero: kernel_initializer='he_normal'.",),
+            )
+        if first in still:
+            return _Reason(
+                "no input",
+                ("inputs_constant", "inputs_too_small", "dying_relu"),
+                0.7,
+                "error",
+                "the gradient is exactly zero from the first step, though the first kernel has a random start: the "
+                "inputs seem to carry nothing",
+                ("Look at the inputs: x.min(), x.max(), x.std(axis=0). Are they all zero, or of one sign and huge?",),
+            )
     return _Reason(
         "no push",
         ("dying_relu", "saturated_activation", "bad_init", "inputs_constant"),
         0.6,
         "error",
-        "its gradient is exactly zero: the units at or behind it give the same output whatever comes in",
+        "the gradient is exactly zero: the units at or behind it give the same output whatever comes in",
         (
             "Lower the learning rate: dead units usually died of one step that was too large.",
             "Use activation='leaky_relu' or 'elu' there, or a BatchNormalization before the activation.",
@@ -264,7 +289,7 @@ def _rounded(view: _View, p: int, t: int) -> _Reason:
             ("update_rounding", "lr_too_low"),
             0.9,
             "error",
-            f"its updates are under the spacing of {dtype}, about {SPACING[dtype]:.1g} of the weight",
+            f"the updates are under the spacing of {dtype}, about {SPACING[dtype]:.1g} of the weight",
             ("Keep the weights in float32: keras.mixed_precision.set_global_policy('mixed_bfloat16').",),
         )
     alive = view.start >= len(run.steps)
@@ -276,7 +301,7 @@ def _rounded(view: _View, p: int, t: int) -> _Reason:
             ("lr_schedule", "lr_too_low") if decayed else ("lr_too_low", "update_rounding"),
             0.9,
             "error",
-            f"its updates are so small that they are rounded away{text}" + (f" (it was {peak:.2g})" if decayed else ""),
+            f"the updates are so small that they are rounded away{text}" + (f" (it was {peak:.2g})" if decayed else ""),
             ("Raise the learning rate by powers of ten until the loss moves: model.optimizer.learning_rate = 1e-3.",),
         )
     return _Reason(
@@ -284,7 +309,7 @@ def _rounded(view: _View, p: int, t: int) -> _Reason:
         ("vanishing_gradient", "update_rounding"),
         0.7,
         "error",
-        "its gradient is so small that the updates are rounded away, while other weights move",
+        "the gradient is so small that the updates are rounded away, while other weights move",
         (
             "Keep gradients alive: ReLU-like activations, he_normal kernels, normalisation, residual connections.",
             "An adaptive optimizer such as Adam gives each weight a step of its own.",
@@ -308,7 +333,7 @@ def _finding(view: _View, reason: _Reason, weights: list[int]) -> Finding:
         causes=reason.causes,
         where=paths,
         steps=steps,
-        message=f"{which}: {reason.text}.".replace(": its ", ": the " if len(paths) > 1 else ": its "),
+        message=f"{which}: {reason.text}.",
         evidence={
             "reason": reason.kind,
             "unchanged_share": float(share),

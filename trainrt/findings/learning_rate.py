@@ -13,6 +13,7 @@ from trainrt.findings.series import (
     clip_scale,
     clipped_share,
     kernel_ratio,
+    kernels,
     loss_trend,
     observed,
     percentile,
@@ -29,6 +30,10 @@ MIN_STEPS = 20
 HIGH_STEPS = 5
 LEARNT = 0.5
 """A loss that fell by more than this share of its first level is not held back."""
+LATE = 0.25
+"""Spread of the batches' losses over their level, beyond which a model is not at its start."""
+VANISHING = 1e-3
+"""Gradient of the first kernel over that of the last (Zhang et al., AUTOTRAINER, 2021)."""
 ROSE = 3.0
 """Growth of the loss over its first level that is a divergence whatever the ratio."""
 TIGHT = 0.05
@@ -120,7 +125,12 @@ def _too_low(run: Run, ratio: np.ndarray, seen: np.ndarray, trend: Trend) -> Fin
         advice = _loosen(run, median, upper)
         return _finding(run, "error", 0.95, causes, below, message, evidence, advice)
     decayed = np.isfinite(rate) and rate < 0.01 * top
+    depth = _depth_ratio(run, weights)
+    vanishing = depth < VANISHING
+    evidence["gradient_first_over_last"] = depth
     causes = ("lr_schedule", "lr_too_low") if decayed else ("lr_too_low", "vanishing_gradient")
+    if vanishing:
+        causes = ("vanishing_gradient", *(cause for cause in causes if cause != "vanishing_gradient"))
     at = f"The learning rate of {rate:.3g}" if np.isfinite(rate) else "The learning rate"
     at += f" (it was up to {top:.3g})" if decayed else ""
     factor = 10 ** np.clip(np.round(np.log10(1e-3 / level)), 1, 4)
@@ -132,7 +142,26 @@ def _too_low(run: Run, ratio: np.ndarray, seen: np.ndarray, trend: Trend) -> Fin
         if np.isfinite(rate)
         else ("Raise it by powers of ten until the loss moves.",)
     )
-    return _finding(run, "warning", 0.75, causes, below, f"{at} is too low: {moves}.", evidence, advice)
+    message = f"{at} is too low: {moves}."
+    if vanishing:
+        message = f"The gradient of the first kernel is {depth:.1g} of the last one's: {moves}."
+        advice = (
+            "Keep gradients alive: activation='relu' with he_normal kernels, BatchNormalization, residual connections.",
+            *advice,
+        )
+    # Where batches differ so much the model has learnt what tells them apart: a late phase that may mean to rest.
+    late = trend.noise > LATE * abs(trend.last)
+    return _finding(run, "info" if late else "warning", 0.3 if late else 0.75, causes, below, message, evidence, advice)
+
+
+def _depth_ratio(run: Run, weights: np.ndarray) -> float:
+    """Gradient of the first kernel over that of the last, root mean squares; 1 where there are not two."""
+    matrices = np.flatnonzero(kernels(run))
+    if len(matrices) < 2:
+        return 1.0
+    rms = run["gradient_rms"]
+    first, last = (percentile(rms[:, p], 50, weights) for p in (matrices[0], matrices[-1]))
+    return first / last if last > 0 else 1.0
 
 
 def _loosen(run: Run, median: float, upper: float) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def nonfinite(run: Run) -> Iterator[Finding]:
     subject = next(name for name, windows in ever.items() if windows[t])
     where, others = _origin(run, subject, bad[subject][t])
     first, last = (int(step) for step in run.steps[t])
-    causes, confidence, story, advice = _cause(run, t, subject)
+    causes, confidence, story, advice = _cause(run, t, subject, np.flatnonzero(bad[subject][t]))
     what = subject if subject in ("loss", "gradient", "update", "weight") else f"optimizer slot {subject}"
     place = f" of {where[0]}" if where else ""
     more = f" (and {others} other weights in the same step)" if others else ""
@@ -109,7 +109,7 @@ def _only_loss_scaling(run: Run, ever: dict[str, np.ndarray], any_window: np.nda
     return bool(any_window.mean() <= SCALING or (any_window[:half].mean() <= 0.5 and not any_window[half:].any()))
 
 
-def _cause(run: Run, t: int, subject: str) -> tuple[tuple[str, ...], float, str, tuple[str, ...]]:
+def _cause(run: Run, t: int, subject: str, hit: np.ndarray) -> tuple[tuple[str, ...], float, str, tuple[str, ...]]:
     data = ("Check the data: np.isfinite(x).all() and np.isfinite(y).all().",)
     loss = (
         "Give the loss logits instead of probabilities: from_logits=True, and no activation on the output.",
@@ -121,6 +121,10 @@ def _cause(run: Run, t: int, subject: str) -> tuple[tuple[str, ...], float, str,
         if np.isfinite(rate)
         else ("Lower the learning rate to a tenth.")
     )
+    grown, text = _growth(run, t)
+    if subject == "gradient" and hit.tolist() == [0] and len(run.roster.parameters) > 1 and not grown:
+        # A kernel's gradient is its inputs times what comes from behind, which is finite.
+        return ("nan_in_data", "unstable_loss"), 0.85, "only the first kernel's has: it comes from the inputs", data
     if run.steps[t, 0] == 0:
         if subject == "loss":
             return (
@@ -135,7 +139,6 @@ def _cause(run: Run, t: int, subject: str) -> tuple[tuple[str, ...], float, str,
             ("it happened in the very first step while the loss was finite"),
             loss + data,
         )
-    grown, text = _growth(run, t)
     if grown:
         norms = scalar(run, "gradient_norm")[:t]
         clip = percentile(norms, 90)

@@ -21,41 +21,42 @@ def render(findings: Sequence[Finding], file: TextIO | None = None, width: int |
       width: Columns; None is the terminal's, 80 where there is none.
     """
     # Rich takes 60 ms to import, and fit() prints only at its end.
-    from rich.console import Console, Group
-    from rich.padding import Padding
-    from rich.table import Table
+    from rich.console import Console
     from rich.text import Text
 
     file = sys.stdout if file is None else file
-    console = Console(file=file, width=width, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    console = Console(file=file, width=width, highlight=False, markup=False, emoji=False)
 
     def text(words: str, style: str = "") -> Text:
-        return Text(printable(words, getattr(file, "encoding", None)), style=style, overflow="fold")
+        return Text(printable(words, getattr(file, "encoding", None)), style)
+
+    def say(label: str, words: str) -> None:
+        room = max(console.width - len(label), 1)
+        for line in text(words).wrap(console, room, overflow="fold"):
+            line.rstrip()
+            console.print(Text(label, "dim") + line, soft_wrap=True)
+            label = " " * len(label)
 
     if not findings:
-        console.print(text(NOTHING, "green"))
+        console.print(text(NOTHING, "green"), soft_wrap=True)
         return
     for finding in findings:
         first, last = finding.steps
-        title = text(finding.severity.upper(), COLOURS[finding.severity])
-        title.append_text(text(f"  {finding.rule}", "bold"))
+        title = text(finding.severity.upper(), COLOURS[finding.severity]) + Text("  ") + text(finding.rule, "bold")
         if finding.causes:
-            title.append_text(text(f": {finding.causes[0]}"))
-        title.append_text(text(f"  (steps {first} to {last})" if last > first else f"  (step {first})", "dim"))
-        rows = [("where", shorten(finding.where))] if finding.where else []
-        rows += [("try", line) for line in finding.advice]
+            title += Text(": ") + text(finding.causes[0])
+        title += Text(f"  (steps {first} to {last})" if last > first else f"  (step {first})", "dim")
+        for line in title.wrap(console, console.width, overflow="fold"):
+            line.rstrip()
+            console.print(line, soft_wrap=True)
+        say("  ", finding.message)
+        if finding.where:
+            say("  where  ", shorten(finding.where))
+        for i, advice in enumerate(finding.advice):
+            say("         " if i else "  try    ", advice)
         for consequence in finding.evidence.get("consequences", ()):
-            rows.append(("so", f"{consequence['rule']}: {consequence['message']}"))
-        table = Table.grid(padding=(0, 1))
-        table.add_column(no_wrap=True)
-        table.add_column(ratio=1, overflow="fold")
-        previous = None
-        for label, words in rows:
-            table.add_row(text("" if label == previous else label, "dim"), text(words))
-            previous = label
-        body = Group(text(finding.message), *([table] if rows else []))
-        console.print(title)
-        console.print(Padding(body, (0, 0, 1, 2)))
+            say("  and so ", f"{consequence['rule']}: {consequence['message']}")
+        console.print()
 
 
 def printable(words: str, encoding: str | None = None) -> str:

@@ -13,6 +13,9 @@ from trainrt.run import Run
 
 Rule = Callable[[Run], Iterator[Finding]]
 
+KILLED_BY = {"lr_too_high": ("dying_relu", "saturated_activation", "exploding_gradient", "unstable_loss")}
+"""Root cause -> what it leaves behind, when that begins later."""
+
 
 def rule(function: Rule) -> Rule:
     """Marks a generator of findings as a rule. Its name finishes the sentence "this run has a ...", its docstring is
@@ -62,9 +65,10 @@ def fold(findings: Iterable[Finding]) -> list[Finding]:
 
     What begins at or after the first non-finite number follows from it, whatever else it looks like.
     """
+    findings = list(findings)
     heads: list[Finding] = []
     origin = min((f.steps[0] for f in findings if f.rule == "nonfinite" and f.severity == "error"), default=None)
-    for finding in sorted(findings, key=_rank):
+    for finding in sorted(findings, key=lambda f: (f.rule != "nonfinite" or f.steps[0] != origin, _rank(f))):
         head = next((i for i, other in enumerate(heads) if _explains(other, finding, origin)), None)
         if head is None:
             heads.append(finding)
@@ -76,28 +80,27 @@ def fold(findings: Iterable[Finding]) -> list[Finding]:
 def _explains(head: Finding, finding: Finding, origin: int | None) -> bool:
     if not (head.causes and finding.causes):
         return False
-    after = head.rule == "nonfinite" and head.steps[0] == origin and finding.steps[0] >= origin
-    return after or head.causes[0] == finding.causes[0]
+    if head.rule == "nonfinite" and head.steps[0] == origin and finding.steps[0] >= origin:
+        return True
+    killed = finding.causes[0] in KILLED_BY.get(head.causes[0], ()) and finding.steps[0] > head.steps[0]
+    return killed or head.causes[0] == finding.causes[0]
 
 
 def _absorb(head: Finding, finding: Finding) -> Finding:
     consequence = {"rule": finding.rule, "where": list(finding.where), "message": finding.message}
+    evidence = {**head.evidence, "consequences": [*head.evidence.get("consequences", []), consequence]}
+    steps = (min(head.steps[0], finding.steps[0]), max(head.steps[1], finding.steps[1]))
+    if head.causes[0] != finding.causes[0] or head.rule == "nonfinite":
+        # Where it began is the point: what followed elsewhere stays with the consequence.
+        return dataclasses.replace(head, steps=steps, evidence=evidence)
     # The run as a whole, (), already contains every weight.
-    where = tuple(dict.fromkeys((*head.where, *finding.where))) if head.where and finding.where else ()
-    if head.rule == "nonfinite":
-        where = head.where  # the first tensor is the point of that finding
-    return dataclasses.replace(
-        head,
-        where=where,
-        causes=tuple(
-            dict.fromkeys((*head.causes, *(c for c in finding.causes if head.causes[0] == finding.causes[0])))
-        ),
-        steps=(min(head.steps[0], finding.steps[0]), max(head.steps[1], finding.steps[1])),
-        evidence={**head.evidence, "consequences": [*head.evidence.get("consequences", []), consequence]},
-        advice=tuple(dict.fromkeys((*head.advice, *finding.advice)))
-        if head.causes[0] == finding.causes[0]
-        else head.advice,
-    )
+    where = _union(head.where, finding.where) if head.where and finding.where else ()
+    causes, advice = _union(head.causes, finding.causes), _union(head.advice, finding.advice)
+    return dataclasses.replace(head, where=where, causes=causes, steps=steps, evidence=evidence, advice=advice)
+
+
+def _union(left: tuple[str, ...], right: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*left, *right)))
 
 
 def _rank(finding: Finding):
