@@ -119,6 +119,8 @@ def fit(
             steps=batches.num_batches,
             model=model,
         )
+    if model.built:
+        arguments.check_trainable(model, request)
     training = _Training(model, batches, callbacks, request, given)
     with training.report:
         model.stop_training = False
@@ -250,17 +252,15 @@ class _Training:
             function._trainrt = (key, step)
         step = function._trainrt[1]
         step.prepare(iterator.element_spec)
-        if not self._model.trainable_weights and doors.has_keras_train_step(self._model):
-            raise ValueError(
-                f"The model {self._model.name!r} has no trainable weights, so there is nothing to fit. "
-                "Set `trainable = True` on the layers that should learn, and compile again."
-            )
+        if not self._model.run_eagerly:
+            arguments.check_trainable(self._model, self._request)
         return step
 
     def _open(self) -> None:
         """Opens the record, once the step has been traced (or has run, when eager) and its weights are known."""
         if self.report.open_already:
             return
+        arguments.check_trainable(self._model, self._request)
         unseen = self._step.unseen if self._step else "the model has a train function of its own"
         if unseen and self._request.every:
             warnings.warn(

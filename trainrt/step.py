@@ -110,7 +110,8 @@ class Step:
         if self.every != 1:
             self._plain.function.get_concrete_function(spec)
         if self._chunk is None:
-            self._chunk = tf.function(self._loop, reduce_retracing=True)
+            loop = self._loop if self._strategy.num_replicas_in_sync == 1 else self._single
+            self._chunk = tf.function(loop, reduce_retracing=True)
 
     @property
     def most(self) -> int:
@@ -127,6 +128,8 @@ class Step:
         """
         if self._model.run_eagerly:
             return self._run_eagerly(iterator, first, count)
+        if self._strategy.num_replicas_in_sync > 1:
+            return self._run_replicas(iterator, count)
         ran, logs, vectors = self._chunk(iterator, tf.constant(first, tf.int64), tf.constant(count))
         ran = int(ran)
         return Outcome(ran, logs if ran else None, vectors[:ran] if self.every and ran < count else vectors)
@@ -139,25 +142,30 @@ class Step:
         empty = keras.tree.map_structure(_empty, concrete.structured_outputs[0])
         vectors = tf.TensorArray(tf.float64, size=count, element_shape=[self._width]) if self.every else ()
 
-        def one(data, number):
-            if not self.every:
-                return step(data)[0], None
-            if self.every == 1:
+        def one(data, ran):
+            if self.every <= 1:
                 return step(data)
 
             def unobserved():
                 return self._plain(data)[0], tf.zeros([self._width], tf.float64)
 
-            return tf.cond(tf.equal(number % self.every, 0), lambda: step(data), unobserved)
+            observed = tf.equal((first + tf.cast(ran, tf.int64)) % self.every, 0)
+            return tf.cond(observed, lambda: step(data), unobserved)
 
         def body(ran, more, logs, vectors):
             batch = iterator.get_next_as_optional()
+            more = batch.has_value()
 
             def train():
-                logs, vector = one(batch.get_value(), first + tf.cast(ran, tf.int64))
-                return ran + 1, True, logs, vectors.write(ran, vector) if self.every else ()
+                return one(batch.get_value(), ran)
 
-            return tf.cond(batch.has_value(), train, lambda: (ran, False, logs, vectors))
+            def keep():
+                return logs, tf.zeros([self._width], tf.float64)
+
+            logs, vector = tf.cond(more, train, keep)
+            if self.every:
+                vectors = vectors.write(ran, vector)
+            return ran + tf.cast(more, tf.int32), more, logs, vectors
 
         ran, _, logs, vectors = tf.while_loop(
             lambda ran, more, *_: tf.logical_and(ran < count, more),
@@ -171,6 +179,22 @@ class Step:
             ),
         )
         return ran, logs, vectors.stack() if self.every else tf.zeros([0, 0], tf.float64)
+
+    @tf.autograph.experimental.do_not_convert
+    def _single(self, iterator):
+        return self._plain(iterator.get_next())[0]
+
+    def _run_replicas(self, iterator, count: int) -> Outcome:
+        """One call a step: TensorFlow's collectives take their keys at the call, and a `tf.cond` or `tf.while_loop` around
+        them loses these (a placeholder that is never fed, TF 2.21)."""
+        logs, ran = None, 0
+        while ran < count:
+            try:
+                logs = self._chunk(iterator)
+            except tf.errors.OutOfRangeError:
+                break
+            ran += 1
+        return Outcome(ran, logs, None)
 
     def _run_eagerly(self, iterator, first: int, count: int) -> Outcome:
         logs, vectors, ran = None, [], 0
