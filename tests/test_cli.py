@@ -220,6 +220,14 @@ def test_demo_tells_the_healthy_run_from_the_stagnating_one(tmp_path, capsys):
     assert [[f.causes[0] for f in diagnose(Run.open(path))] for path in found] == [[], ["clip_too_tight"]]
 
 
+def test_ctrl_c_ends_without_a_traceback(tmp_path, monkeypatch):
+    def interrupt(logdir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "find", interrupt)
+    assert main(["report", str(tmp_path)]) == 130
+
+
 def test_demo_refuses_a_directory_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["demo", "--logdir", str(tmp_path / "file" / "x")]) == BAD_INPUT

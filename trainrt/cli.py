@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 BAD_INPUT = 2
 """Exit status when what was asked for is not there; argparse uses it too."""
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 and the signal's number."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-      The exit status: 0, or 2 when the input is bad.
+      The exit status: 0, 2 when the input is bad, 130 after Ctrl-C.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -38,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader, `head` for one, has seen enough. Python would complain once more while it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,10 +116,10 @@ def _explain(options: argparse.Namespace) -> int:
         for rule in ALL:
             print(f"{rule.__name__:{width}}  {explain(rule).splitlines()[0]}")
         return 0
-    rule = next((rule for rule in ALL if rule.__name__ == options.rule), None)
-    if rule is None:
+    found = [rule for rule in ALL if rule.__name__ == options.rule]
+    if not found:
         return _refuse(f"there is no rule {options.rule!r}; the rules are {', '.join(r.__name__ for r in ALL)}.")
-    print(f"{rule.__name__}\n\n{explain(rule)}")
+    print(f"{options.rule}\n\n{explain(found[0])}")
     return 0
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,14 +30,16 @@ def run(logdir: Path, epochs: int = EPOCHS) -> int:
     """
     try:
         logdir.mkdir(parents=True, exist_ok=True)
+        if not os.access(logdir, os.W_OK):
+            raise PermissionError("no permission")
     except OSError as error:
         print(f"trainrt: {logdir} cannot be written: {error}", file=sys.stderr)
         return 2
     print("Loading TensorFlow ...", flush=True)
-    import keras
+    with _without_banners():
+        import keras
 
-    import trainrt
-    from trainrt import digits
+        from trainrt import digits, fit
 
     train, test = digits.load()
     for name, clip in CLIPS.items():
@@ -43,7 +48,7 @@ def run(logdir: Path, epochs: int = EPOCHS) -> int:
         print(
             f"\n== {name}: SGD with momentum, clip={clip:g}, on {len(train[1])} digits, into {directory}\n", flush=True
         )
-        history = trainrt.fit(
+        history = fit(
             build(), *train, batch_size=32, epochs=epochs, validation_data=test, clip=clip, logdir=str(directory)
         )
         accuracy = history.history["val_accuracy"][-1]
@@ -68,6 +73,24 @@ def verdict(findings: Sequence[Finding]) -> str:
     first = findings[0]
     where = shorten(first.where) or "the run"
     return f"trainrt found {' or '.join(first.causes)} at {where}, from step {first.steps[0]} on."
+
+
+@contextlib.contextmanager
+def _without_banners():
+    """Native libraries write to descriptor 2 while TensorFlow loads, past every log level. Shown only if it fails."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as banners:
+        os.dup2(banners.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            banners.seek(0)
+            os.write(kept, banners.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def build():

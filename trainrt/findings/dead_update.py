@@ -99,7 +99,7 @@ def _since(run: Run, gradient: Moments, update: Moments) -> np.ndarray:
     dead = (1 - still <= (1 - UNCHANGED) * pushed) & ~(np.nan_to_num(update.nonfinite) > 0)
     dead &= ~(np.isnan(update.count) & ~np.isnan(gradient.count))
     start = len(dead) - np.logical_and.accumulate(dead[::-1], axis=0).sum(axis=0)
-    steps = np.nan_to_num(observed(run))
+    steps = np.nan_to_num(observed(run, update))
     covered = np.append(np.cumsum(steps[::-1])[::-1], 0.0)
     # Between the steps of an accumulated gradient every weight rests.
     config = ((run.environment or {}).get("optimizer") or {}).get("config") or {}
@@ -293,7 +293,7 @@ def _rounded(view: _View, p: int, t: int) -> _Reason:
             ("Keep the weights in float32: keras.mixed_precision.set_global_policy('mixed_bfloat16').",),
         )
     alive = view.start >= len(run.steps)
-    if not ((view.pushed(t) > 0) & alive & kernels(run)).any():
+    if not ((view.pushed(t) > 0) & alive & kernels(run, view.weight)).any():
         text = f", with a learning rate of {recent:.2g}" if np.isfinite(recent) else ""
         decayed = recent < 0.01 * peak
         return _Reason(

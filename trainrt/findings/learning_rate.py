@@ -15,10 +15,12 @@ from trainrt.findings.series import (
     kernel_ratio,
     kernels,
     loss_trend,
+    middle,
     observed,
     percentile,
     scalar,
 )
+from trainrt.record import GRADIENT, UPDATE, WEIGHT
 from trainrt.run import Run
 
 LOW, HIGH = 1e-4, 1e-1
@@ -65,10 +67,14 @@ def learning_rate(run: Run) -> Iterator[Finding]:
     >>> list(learning_rate(Run.synthetic(64, kernel, update_ratio=1e-3, loss=np.geomspace(2.3, 0.1, 64))))
     []
     """
-    seen = observed(run) if len(run.steps) else np.zeros(0)
-    if not len(seen) or np.nansum(seen) < HIGH_STEPS:
+    if not len(run.steps):
         return
-    ratio = kernel_ratio(run)
+    update, weight = run.moments(UPDATE), run.moments(WEIGHT)
+    seen, matrices = observed(run, update), np.flatnonzero(kernels(run, weight))
+    if np.nansum(seen) < HIGH_STEPS or not len(matrices):
+        return
+    ratio = np.full(update.shape, np.nan)
+    ratio[:, matrices] = kernel_ratio(update[:, matrices], weight[:, matrices])
     if np.isnan(ratio).all():
         return
     trend = loss_trend(run)
@@ -84,7 +90,7 @@ def learning_rate(run: Run) -> Iterator[Finding]:
 def _too_low(run: Run, ratio: np.ndarray, seen: np.ndarray, trend: Trend) -> Finding | None:
     settled = _after_warm_up(run)
     weights = np.where(settled, np.nan_to_num(seen), 0.0)
-    typical = np.array([percentile(row, 50) for row in ratio])
+    typical = middle(ratio)
     known = np.isfinite(typical)
     share = _share(typical < LOW, weights * known)
     if not share >= LOW_SHARE or not trend.fall < LEARNT:
@@ -125,7 +131,7 @@ def _too_low(run: Run, ratio: np.ndarray, seen: np.ndarray, trend: Trend) -> Fin
         advice = _loosen(run, median, upper)
         return _finding(run, "error", 0.95, causes, below, message, evidence, advice)
     decayed = np.isfinite(rate) and rate < 0.01 * top
-    depth = _depth_ratio(run, weights)
+    depth = _depth_ratio(run, ratio, weights)
     vanishing = depth < VANISHING
     evidence["gradient_first_over_last"] = depth
     causes = ("lr_schedule", "lr_too_low") if decayed else ("lr_too_low", "vanishing_gradient")
@@ -154,13 +160,13 @@ def _too_low(run: Run, ratio: np.ndarray, seen: np.ndarray, trend: Trend) -> Fin
     return _finding(run, "info" if late else "warning", 0.3 if late else 0.75, causes, below, message, evidence, advice)
 
 
-def _depth_ratio(run: Run, weights: np.ndarray) -> float:
+def _depth_ratio(run: Run, ratio: np.ndarray, weights: np.ndarray) -> float:
     """Gradient of the first kernel over that of the last, root mean squares; 1 where there are not two."""
-    matrices = np.flatnonzero(kernels(run))
+    matrices = np.flatnonzero(~np.isnan(ratio).all(axis=0))
     if len(matrices) < 2:
         return 1.0
-    rms = run["gradient_rms"]
-    first, last = (percentile(rms[:, p], 50, weights) for p in (matrices[0], matrices[-1]))
+    rms = run.moments(GRADIENT)[:, matrices[[0, -1]]].rms
+    first, last = (percentile(column, 50, weights) for column in rms.T)
     return first / last if last > 0 else 1.0
 
 

@@ -37,8 +37,8 @@ def nonfinite(run: Run) -> Iterator[Finding]:
     if not len(run.steps):
         return
     bad = _bad(run)
-    ever = {subject: mask.any(axis=1) for subject, mask in bad.items()}
-    any_window = np.logical_or.reduce(list(ever.values()))
+    ever = {subject: np.asarray(mask.any(axis=1)) for subject, mask in bad.items()}
+    any_window = np.asarray(np.stack(list(ever.values())).any(axis=0))
     if not any_window.any() or _only_loss_scaling(run, ever, any_window):
         return
     t = int(np.argmax(any_window))
@@ -78,7 +78,7 @@ def _bad(run: Run) -> dict[str, np.ndarray]:
     loss = np.stack([scalar(run, "loss", column) for column in ("mean", "min", "max")])
     # A loss that was not recorded is NaN in all columns of all windows; there is nothing to say about it.
     recorded = "loss" in run.roster.scalars
-    bad = {"loss": (~np.isfinite(loss)).any(axis=0)[:, None] & recorded}
+    bad = {"loss": np.logical_and(~np.isfinite(loss).all(axis=0)[:, None], recorded)}
     for subject in subjects:
         bad[subject] = np.nan_to_num(run.moments(subject).nonfinite) > 0
     return bad
@@ -142,7 +142,7 @@ def _cause(run: Run, t: int, subject: str, hit: np.ndarray) -> tuple[tuple[str, 
     if grown:
         norms = scalar(run, "gradient_norm")[:t]
         clip = percentile(norms, 90)
-        advice = (lower,)
+        advice: tuple[str, ...] = (lower,)
         if np.isfinite(clip) and clip > 0:
             advice += (
                 f"Clip what is rare: trainrt.fit(..., clip={clip:.2g}), the 90th percentile of the gradient norms "
@@ -193,7 +193,7 @@ def _aftermath(run: Run, ever: dict[str, np.ndarray], t: int) -> tuple[str, bool
         paths = [each.path for each, bad in zip(run.roster.parameters, hit, strict=True) if bad]
         which = "all weights" if hit.all() else shorten(paths)
         return f"From step {since} on {which} held NaN or infinities: everything after is lost.", True
-    windows = np.logical_or.reduce(list(ever.values()))
+    windows = np.asarray(np.stack(list(ever.values())).any(axis=0))
     if windows[-1]:
         return "The weights stayed finite, but it had not ended when the run did.", True
     last = int(run.steps[np.flatnonzero(windows)[-1], 1])

@@ -48,7 +48,9 @@ def diagnose(run: Run, rules: Iterable[Rule] | None = None) -> list[Finding]:
       error, and the others go on.
     """
     if rules is None:
-        from trainrt.findings import ALL as rules
+        from trainrt.findings import ALL
+
+        rules = ALL
     found: list[Finding] = []
     # Rules compute on NaN rows, which are "not measured", and divide by norms that may be zero.
     with np.errstate(all="ignore"):

@@ -6,13 +6,14 @@ import dataclasses
 
 import numpy as np
 
+from trainrt.record import Moments
 from trainrt.run import Run
 
 
-def observed(run: Run) -> np.ndarray:
+def observed(run: Run, update: Moments) -> np.ndarray:
     """[T] steps of each window whose tensors were measured: fewer than its width when only every n-th was."""
     sizes = np.array([max(parameter.size, 1) for parameter in run.roster.parameters])
-    return _reduce(np.fmax, run.moments("update").count / sizes)
+    return _reduce(np.fmax, update.count / sizes)
 
 
 def clip_scale(run: Run) -> np.ndarray:
@@ -25,24 +26,29 @@ def clipped_share(run: Run) -> np.ndarray:
     return _reduce(np.fmax, run.joint("clipped") / run.joint("steps"))
 
 
-def kernels(run: Run) -> np.ndarray:
+def kernels(run: Run, weight: Moments) -> np.ndarray:
     """[P] bool: weights whose update ratio means something. A bias or a weight that begins at zero has no size of its
     own to compare with."""
     matrix = np.array([len(parameter.shape) >= 2 for parameter in run.roster.parameters], bool)
     if not len(run.steps):
         return matrix
-    weight = run.moments("weight")
     # A window of several steps holds the first weights only in its trough; a zero-initialised one has left zero since.
     return matrix & (weight.trough_norm[0] > 0.1 * np.nan_to_num(weight.peak_norm[0]))
 
 
-def kernel_ratio(run: Run) -> np.ndarray:
+def kernel_ratio(update: Moments, weight: Moments) -> np.ndarray:
     """[T, P] update over weight, root mean squares, over the elements that moved: a table of which a batch uses few
-    rows is judged by those rows. NaN where it means nothing."""
-    update = run.moments("update")
+    rows is judged by those rows. NaN where nothing moved."""
     moved = 1 - update.zero_share
-    ratio = run["update_ratio"] / np.sqrt(np.where(moved > 0, moved, np.nan))
-    return np.where(kernels(run), ratio, np.nan)
+    return update.rms / (weight.rms * np.sqrt(np.where(moved > 0, moved, np.nan)))
+
+
+def middle(values: np.ndarray) -> np.ndarray:
+    """[T] medians of [T, P], NaN left out; NaN where a row has nothing else."""
+    result = np.full(len(values), np.nan)
+    known = ~np.isnan(values).all(axis=1)
+    result[known] = np.nanmedian(values[known], axis=1)
+    return result
 
 
 def percentile(values: np.ndarray, q: float, weights: np.ndarray | None = None) -> float:
