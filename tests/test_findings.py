@@ -83,13 +83,13 @@ HEALTHY = {
     "a tight clip under Adam changes nothing": {"update_ratio": 3e-3, "clip_scale": 1e-3, "loss": falling()},
     "negative loss": {"update_ratio": 3e-3, "loss": 1.0 - 5 * np.linspace(0, 1, STEPS)},
     "small steps that were enough": {"update_ratio": 5e-5, "loss": falling()},
-    "sparse gradients": {
-        "update_ratio": 1e-4,
+    "schedule decays at the floor of the loss": {"update_ratio": np.geomspace(1e-2, 1e-6, STEPS), "loss": flat(0.1)},
+    "table of which a batch moves few rows": {
+        "parameters": [Parameter("embedding/embeddings", "embedding", (1000, 16), "float32")],
+        "update_ratio": 5e-5,
         "gradient_zero_share": 0.995,
         "update_zero_share": 0.995,
-        "size": 1000,
-        "parameters": 2,
-        "loss": falling(),
+        "loss": flat(0.1),
     },
     "memorised": {
         "loss": np.r_[np.geomspace(2, 1e-6, STEPS - 10), np.zeros(10)],
@@ -327,6 +327,11 @@ def test_strangling_clip_is_named_with_a_threshold_from_the_norms():
     threshold = float(re.search(r"clip=([0-9.e+-]+)\)", found[0].advice[0])[1])
     assert threshold == pytest.approx(np.percentile(norms, 90), rel=0.1)
     assert "instead of GlobalNorm(0.0001)" in found[0].advice[0]
+
+
+def test_clip_that_holds_in_some_steps_only_is_not_what_makes_all_small():
+    scale = np.where(np.arange(STEPS) % 5 < 3, 1e-3, 1.0)
+    assert [f.causes[0] for f in rate(update_ratio=1e-6, clip_scale=scale, loss=flat())] == ["lr_too_low"]
 
 
 def test_small_steps_with_a_loss_that_stays_are_too_low_and_the_advice_scales_them_up():

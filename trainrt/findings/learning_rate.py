@@ -106,7 +106,8 @@ def _too_low(run: Run, ratio: np.ndarray, seen: np.ndarray, trend: Trend) -> Fin
         np.nanmax(scalar(run, "learning_rate", "max"), initial=0.0),
     )
     scale = percentile(clip_scale(run), 50, weights)
-    held = percentile(clipped_share(run), 50, weights)
+    clipped = clipped_share(run)
+    held = _share(np.nan_to_num(clipped), weights * np.isfinite(clipped))
     path = float(np.nansum(typical * np.nan_to_num(seen)))
     evidence = {
         "update_ratio": level,
