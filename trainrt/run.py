@@ -146,13 +146,14 @@ class Run:
 
     def _take_back(self, chunks: list, first: int) -> None:
         """Drops what was recorded from step `first` on: a run that resumes from a checkpoint writes it again."""
+        if not chunks or chunks[-1].steps[-1, 1] < first:
+            return
+        self.epochs = [epoch for epoch in self.epochs if epoch.step < first]
         while chunks and chunks[-1].steps[-1, 1] >= first:
             chunk = chunks.pop()
             kept = int(np.searchsorted(chunk.steps[:, 1], first))
             if kept:
                 chunks.append(chunk[:kept])
-                break
-            self.epochs = [epoch for epoch in self.epochs if epoch.step < first]
 
     @property
     def problems(self) -> list[str]:
@@ -296,7 +297,8 @@ class Run:
     def between(self, first_step: int, last_step: int) -> Run:
         """The windows that hold any of the steps from `first_step` to `last_step`, both included."""
         first = int(np.searchsorted(self.steps[:, 1], first_step, side="left"))
-        return self[first : max(int(np.searchsorted(self.steps[:, 0], last_step, side="right")), first)]
+        stop = int(np.searchsorted(self.steps[:, 0], last_step, side="right"))
+        return self[first : stop if first_step <= last_step else first]
 
     def select(self, parameters: str | int | Iterable[str | int]) -> Run:
         """The run of some of its weights, named by path or index, in the order given.

@@ -94,8 +94,10 @@ def _moments(subject: str, given: Mapping[str, np.ndarray], sizes: np.ndarray, s
     share, number = value("nonfinite_share"), value("nonfinite")
     nonfinite = share * count if share is not None else number if number is not None else np.zeros(shape)
     finite = count - nonfinite
-    asked = value("norm")
-    if asked is None and (rms := value("rms")) is not None:
+    asked, rms = value("norm"), value("rms")
+    if rms is not None:
+        if asked is not None:
+            raise ValueError(f"The norm and the rms of the {subject} say the same. Received: both. Give one.")
         asked = rms * np.sqrt(finite)
     zero_share = value("zero_share")
     if zero_share is not None:
