@@ -40,7 +40,7 @@ constexpr int kLow = 127 - 45, kHigh = 127 + 57;
 class BlockFold {
  public:
   // x: `size` <= kBlock elements.
-  void add(const float* x, int size) {
+  __attribute__((noinline)) void add(const float* x, int size) {
     alignas(64) float padded[kBlock];
     int padding = 0;
     const int tail = size % kLanes;
@@ -155,38 +155,31 @@ class WideFold {
   Moments moments_;
 };
 
-// Folds a gradient with an update, block by block.
+// Folds a gradient with an update, block by block, the products in float64.
 class JointFold {
  public:
-  void add(const float* gradient, const float* update, int size) {
+  __attribute__((noinline)) void add(const float* gradient, const float* update, int size) {
     Doubles product[2] = {};
     Ints rounded = {};
-    Ints worst = {};
     int i = 0;
     for (; i + 2 * kWidth <= size; i += 2 * kWidth) {
       for (int j = 0; j < 2; ++j) {
         const Floats g = load(gradient + i + j * kWidth), u = load(update + i + j * kWidth);
         const Ints gm = reinterpret_cast<Ints>(g) & 0x7fffffff, um = reinterpret_cast<Ints>(u) & 0x7fffffff;
-        worst = worst > gm ? worst : gm;
-        worst = worst > um ? worst : um;
         rounded -= (gm != 0) & (um == 0);
         product[j] += __builtin_convertvector(g, Doubles) * __builtin_convertvector(u, Doubles);
       }
     }
-    if (__builtin_expect(largest(worst) >= 0x7f800000, 0)) {
-      for (int k = 0; k < size; ++k) fold(gradient[k], update[k], rare_);
-      return;
-    }
     product_ += product[0] + product[1];
     rounded_ += rounded;
-    for (; i < size; ++i) fold(gradient[i], update[i], rare_);
+    for (; i < size; ++i) fold(gradient[i], update[i], rest_);
   }
   void add(const double* gradient, const double* update, int size) {
-    for (int i = 0; i < size; ++i) fold(gradient[i], update[i], rare_);
+    for (int i = 0; i < size; ++i) fold(gradient[i], update[i], rest_);
   }
 
   Joint joint() const {
-    Joint j = rare_;
+    Joint j = rest_;
     j.product += total(product_);
     for (int i = 0; i < kWidth; ++i) j.rounded += rounded_[i];
     return j;
@@ -195,7 +188,7 @@ class JointFold {
  private:
   Doubles product_ = {};
   Ints rounded_ = {};
-  Joint rare_;
+  Joint rest_;
 };
 
 // How a block of T is folded: float32 as it is, half precision widened (exactly), float64 as it is.
@@ -203,7 +196,7 @@ template <typename T>
 struct Folded {
   using Wide = float;
   using Fold = BlockFold;
-  static const float* widen(const T* x, int size, float* scratch) {
+  static __attribute__((noinline)) const float* widen(const T* x, int size, float* scratch) {
     for (int i = 0; i < size; ++i) scratch[i] = static_cast<float>(x[i]);
     return scratch;
   }

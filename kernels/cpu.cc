@@ -1,7 +1,12 @@
 // The CPU's half of the library: everything of `kernels.h`. Compiled for this processor; knows nothing of TensorFlow.
 #include "kernels.h"
 #include "update.h"
+#include "updates/adagrad.h"
 #include "updates/adam.h"
+#include "updates/adamax.h"
+#include "updates/lion.h"
+#include "updates/nadam.h"
+#include "updates/rmsprop.h"
 #include "updates/sgd.h"
 
 namespace trainrt {
@@ -116,9 +121,18 @@ void measure_update(const Span* before, const Span* after, const Span* gradients
   }
 }
 
+void update(const Rule& rule, Dtype dtype, const Update& what, const Parallel& parallel) {
+  with_type(dtype, [&](auto* type) {
+    run_update<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(rule, what, parallel);
+  });
+}
+
 static const std::vector<Rule>& rules() {
   static const std::vector<Rule> all = {
-      rule<Sgd>(), rule<SgdMomentum>(), rule<SgdNesterov>(), rule<Adam>(), rule<AdamAmsgrad>(),
+      rule<Sgd>(),      rule<SgdMomentum>(),     rule<SgdNesterov>(),     rule<Adam>(),
+      rule<AdamAmsgrad>(), rule<Rmsprop>(),      rule<RmspropMomentum>(), rule<RmspropCentered>(),
+      rule<RmspropCenteredMomentum>(), rule<Adagrad>(), rule<Adadelta>(), rule<Adamax>(),
+      rule<Nadam>(),    rule<Lion>(),
   };
   return all;
 }

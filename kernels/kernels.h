@@ -1,6 +1,7 @@
 // What the library computes, without TensorFlow: `bind.cc` is its only caller that knows TensorFlow.
 #pragma once
 
+#include <array>
 #include <string>
 
 #include "chunks.h"
@@ -21,7 +22,11 @@ void measure(const Span* tensors, int count, double* rows, const Parallel& paral
 void measure_update(const Span* before, const Span* after, const Span* gradients, int count, double* rows,
                     double* joint, const Parallel& parallel);
 
-constexpr int kMaxSlots = 3, kMaxScalars = 12, kMaxFactors = 6;
+constexpr int kMaxSlots = 3, kMaxScalars = 12, kMaxFactors = 4;
+
+// Weight decay before the rule: by the product of decay and learning rate, or by one and then the other.
+enum class Decay : int { kNone = 0, kMerged = 1, kInTurn = 2 };
+constexpr int kDecayScalars = 3;  // the product, the decay, the learning rate
 
 // One weight of a fused update. All pointers are of the weight's dtype; a null gradient is missing: the weight and its
 // slots are only measured.
@@ -30,7 +35,7 @@ struct Weight {
   void* weight;
   void* slots[kMaxSlots];
   int64_t size;
-  bool decay;
+  Decay decay;
 };
 
 // What happens to a gradient before the rule sees it, one operation after the other, each rounded as TensorFlow would.
@@ -46,7 +51,8 @@ struct Update {
   int count;
   const Factor* factors;
   int factor_count;
-  const void* scalars[kMaxScalars];  // the rule's, then weight decay and learning rate if any weight decays
+  const void* scalars[kMaxScalars];  // the rule's, then kDecayScalars if any weight decays
+  bool graph;                        // Keras's ops would have gone through Grappler
   bool observe, gradient_moments;
   double* gradient;  // [count, kMoments], as are update, weight and slots; null unless asked for
   double* update;
@@ -55,12 +61,17 @@ struct Update {
   double* joint;  // [count, kJoint]
 };
 
+// One block of a weight: scalars, elements, gradient, weight, kMaxSlots slots (null past the rule's own).
+using Step = void (*)(const void*, int, const void*, void*, void* const*);
+using Steps = std::array<Step, kDtypes>;
 struct Rule {
   std::string name;
   int slots, scalars;
-  void (*run[kDtypes])(const Update&, const Parallel&);
+  Steps graph, eager;
 };
 const Rule* find_rule(const std::string& name);
 std::string rule_names();
+
+void update(const Rule& rule, Dtype dtype, const Update& what, const Parallel& parallel);
 
 }  // namespace trainrt

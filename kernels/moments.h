@@ -2,7 +2,7 @@
 // it. No TensorFlow header.
 //
 // Sums are over the finite elements. float32 elements are summed in float32 over blocks of at most `kBlock`, spread over
-// `kLanes` lanes (so 8 additions a lane), and blocks are folded in float64 in order: a relative error of a few 1e-7 and
+// 64 lanes (so 16 additions a lane), and blocks are folded in float64 in order: a relative error of a few 1e-7 and
 // the same bits whatever the number of threads. A block whose squares would leave float32's range is scaled by a power
 // of two, which is exact.
 #pragma once
@@ -41,7 +41,7 @@ struct Moments {
 };
 
 struct Joint {
-  double product = 0;  // over elements whose gradient and update are both finite
+  double product = 0;  // NaN as soon as one element's is
   int64_t rounded = 0;
 
   TRAINRT_HD void merge(const Joint& other) {
@@ -83,7 +83,7 @@ TRAINRT_HD void fold(T x, Moments& into) {
 
 template <typename T>
 TRAINRT_HD void fold(T gradient, T update, Joint& into) {
-  if (is_finite(gradient) && is_finite(update)) into.product += exact(gradient) * exact(update);
+  into.product += exact(gradient) * exact(update);
   into.rounded += !is_zero(gradient) && is_zero(update);
 }
 

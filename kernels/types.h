@@ -72,6 +72,25 @@ struct Float16 {
   }
 };
 
+template <typename T>
+struct DtypeOf;
+template <>
+struct DtypeOf<float> {
+  static constexpr Dtype value = Dtype::kFloat32;
+};
+template <>
+struct DtypeOf<double> {
+  static constexpr Dtype value = Dtype::kFloat64;
+};
+template <>
+struct DtypeOf<BFloat16> {
+  static constexpr Dtype value = Dtype::kBFloat16;
+};
+template <>
+struct DtypeOf<Float16> {
+  static constexpr Dtype value = Dtype::kFloat16;
+};
+
 #define TRAINRT_NARROW(T)                                                                           \
   TRAINRT_HD T operator+(T a, T b) { return T(static_cast<float>(a) + static_cast<float>(b)); }     \
   TRAINRT_HD T operator-(T a, T b) { return T(static_cast<float>(a) - static_cast<float>(b)); }     \
@@ -104,6 +123,12 @@ TRAINRT_HD bool is_nan(float a) { return a != a; }
 TRAINRT_HD bool is_nan(double a) { return a != a; }
 TRAINRT_HD bool is_zero(float a) { return (bits_of(a) & 0x7fffffffu) == 0; }
 TRAINRT_HD bool is_zero(double a) { return (bits_of(a) & 0x7fffffffffffffffull) == 0; }
+
+// 1, 0 or -1; NaN for a NaN.
+template <typename T>
+TRAINRT_HD T sign(T a) {
+  return is_nan(a) ? a : (a > T(0.0f) ? T(1.0f) : (a < T(0.0f) ? T(-1.0f) : T(0.0f)));
+}
 
 // The larger of two; a NaN in either is the result, the first one first, as in Eigen's NaN-propagating maximum.
 template <typename T>

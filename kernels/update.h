@@ -3,9 +3,11 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "blocks.h"
 #include "kernels.h"
+#include "roots.h"
 
 namespace trainrt {
 
@@ -29,28 +31,73 @@ inline void prepare(Prepare how, T factor, int size, T* gradient) {
   }
 }
 
+// In a graph Grappler multiplies the two rates first, unless the weight is a scalar too.
 template <typename T>
-inline void decay(T rate, T learning_rate, int size, T* weight) {
-  for (int i = 0; i < size; ++i) weight[i] = weight[i] - (weight[i] * rate) * learning_rate;
+inline void decay(Decay how, const T* rates, int size, T* weight) {
+  if (how == Decay::kMerged) {
+    for (int i = 0; i < size; ++i) weight[i] = weight[i] - weight[i] * rates[0];
+  } else if (how == Decay::kInTurn) {
+    for (int i = 0; i < size; ++i) weight[i] = weight[i] - (weight[i] * rates[1]) * rates[2];
+  }
 }
 
-// difference: null, or where to put the weight's displacement.
-template <typename R, typename T>
-inline void step_block(const T* scalars, int size, const T* __restrict gradient, T* __restrict weight,
-                       T* __restrict slot0, T* __restrict slot1, T* __restrict slot2) {
+// A rule that divides by a square root names the radicand first; the root itself is TensorFlow's (`roots.h`).
+template <typename R, typename = void>
+struct HasRoot : std::false_type {};
+template <typename R>
+struct HasRoot<R, std::void_t<decltype(R::template radicand<float>)>> : std::true_type {};
+
+// The rule over one block: the only code there is for each rule and dtype.
+template <typename R, typename T, bool kGraph>
+void step_block(const void* scalars, int size, const void* gradient_data, void* weight_data, void* const* slots) {
   T s[kMaxScalars];
-  for (int i = 0; i < R::kScalars; ++i) s[i] = scalars[i];
-#pragma omp simd
-  for (int i = 0; i < size; ++i) {
-    T w = weight[i], q[3];
+  for (int i = 0; i < R::kScalars; ++i) s[i] = static_cast<const T*>(scalars)[i];
+  const T* __restrict gradient = static_cast<const T*>(gradient_data);
+  T* __restrict weight = static_cast<T*>(weight_data);
+  T* __restrict slot0 = static_cast<T*>(slots[0]);
+  T* __restrict slot1 = static_cast<T*>(slots[1]);
+  T* __restrict slot2 = static_cast<T*>(slots[2]);
+  const auto load = [&](int i, T* q) {
     if (R::kSlots > 0) q[0] = slot0[i];
     if (R::kSlots > 1) q[1] = slot1[i];
     if (R::kSlots > 2) q[2] = slot2[i];
-    R::step(s, gradient[i], w, q);
-    weight[i] = w;
+  };
+  const auto store = [&](int i, const T* q) {
     if (R::kSlots > 0) slot0[i] = q[0];
     if (R::kSlots > 1) slot1[i] = q[1];
     if (R::kSlots > 2) slot2[i] = q[2];
+  };
+  if constexpr (HasRoot<R>::value) {
+    alignas(64) T roots[kBlock];
+#pragma omp simd
+    for (int i = 0; i < size; ++i) {
+      T q[kMaxSlots];
+      load(i, q);
+      roots[i] = R::radicand(s, gradient[i], q);
+      store(i, q);
+    }
+    if (kGraph) reciprocal_roots(roots, size);
+#pragma omp simd
+    for (int i = 0; i < size; ++i) {
+      T w = weight[i], q[kMaxSlots];
+      load(i, q);
+      if constexpr (kGraph) {
+        R::step(s, gradient[i], w, q, TimesReciprocal<T>{roots[i]});
+      } else {
+        R::step(s, gradient[i], w, q, OverRootOf<T>{roots[i]});
+      }
+      weight[i] = w;
+      store(i, q);
+    }
+  } else {
+#pragma omp simd
+    for (int i = 0; i < size; ++i) {
+      T w = weight[i], q[kMaxSlots];
+      load(i, q);
+      R::step(s, gradient[i], w, q);
+      weight[i] = w;
+      store(i, q);
+    }
   }
 }
 
@@ -59,19 +106,20 @@ struct Partial {
   Joint joint;
 };
 
-template <typename R, typename T>
-void update_chunk(const Update& u, int index, int64_t offset, Partial& partial) {
+template <typename T>
+void update_chunk(const Rule& rule, const Update& u, int index, int64_t offset, Partial& partial) {
   using Fold = typename Folded<T>::Fold;
   using Wide = typename Folded<T>::Wide;
   const Weight& one = u.weights[index];
   const int64_t size = std::min(kChunk, one.size - offset);
   T* weight = static_cast<T*>(one.weight) + offset;
-  T* slots[kMaxSlots];
-  for (int k = 0; k < kMaxSlots; ++k) slots[k] = k < R::kSlots ? static_cast<T*>(one.slots[k]) + offset : nullptr;
+  T* slots[kMaxSlots] = {};
+  for (int k = 0; k < rule.slots; ++k) slots[k] = static_cast<T*>(one.slots[k]) + offset;
   const T* gradient = one.gradient ? static_cast<const T*>(one.gradient) + offset : nullptr;
 
+  const Step step = (u.graph ? rule.graph : rule.eager)[static_cast<int>(DtypeOf<T>::value)];
   T scalars[kMaxScalars];
-  const int given = R::kScalars + (one.decay ? 2 : 0);
+  const int given = rule.scalars + (one.decay == Decay::kNone ? 0 : kDecayScalars);
   for (int i = 0; i < given; ++i) scalars[i] = *static_cast<const T*>(u.scalars[i]);
 
   Fold of_gradient, of_update, of_weight, of_slot[kMaxSlots];
@@ -81,8 +129,8 @@ void update_chunk(const Update& u, int index, int64_t offset, Partial& partial) 
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, size - begin));
     T* w = weight + begin;
-    T* q[kMaxSlots];
-    for (int k = 0; k < kMaxSlots; ++k) q[k] = k < R::kSlots ? slots[k] + begin : nullptr;
+    void* q[kMaxSlots] = {};
+    for (int k = 0; k < rule.slots; ++k) q[k] = slots[k] + begin;
     if (gradient) {
       const T* g = gradient + begin;
       if (u.factor_count) {
@@ -94,8 +142,8 @@ void update_chunk(const Update& u, int index, int64_t offset, Partial& partial) 
         g = prepared;
       }
       if (u.observe) __builtin_memcpy(before, w, n * sizeof(T));
-      if (one.decay) decay(scalars[R::kScalars], scalars[R::kScalars + 1], n, w);
-      step_block<R, T>(scalars, n, g, w, q[0], q[1], q[2]);
+      decay(one.decay, scalars + rule.scalars, n, w);
+      step(scalars, n, g, w, q);
     }
     if (!u.observe) continue;
     if (gradient) {
@@ -107,11 +155,11 @@ void update_chunk(const Update& u, int index, int64_t offset, Partial& partial) 
       joint.add(raw, difference, n);
     }
     of_weight.add(Folded<T>::widen(w, n, scratch), n);
-    for (int k = 0; k < R::kSlots; ++k) of_slot[k].add(Folded<T>::widen(q[k], n, scratch), n);
+    for (int k = 0; k < rule.slots; ++k) of_slot[k].add(Folded<T>::widen(slots[k] + begin, n, scratch), n);
   }
   if (!u.observe) return;
   partial.weight = of_weight.moments();
-  for (int k = 0; k < R::kSlots; ++k) partial.slots[k] = of_slot[k].moments();
+  for (int k = 0; k < rule.slots; ++k) partial.slots[k] = of_slot[k].moments();
   if (gradient) {
     partial.gradient = of_gradient.moments();
     partial.update = of_update.moments();
@@ -122,8 +170,8 @@ void update_chunk(const Update& u, int index, int64_t offset, Partial& partial) 
   }
 }
 
-template <typename R, typename T>
-void run_update(const Update& u, const Parallel& parallel) {
+template <typename T>
+void run_update(const Rule& rule, const Update& u, const Parallel& parallel) {
   // Kept by the thread from one step to the next, so that a step allocates nothing.
   static thread_local Chunks chunks;
   static thread_local std::vector<Partial> partials;
@@ -134,7 +182,7 @@ void run_update(const Update& u, const Parallel& parallel) {
   parallel(plan.count(), plan.elements, [&](int64_t begin, int64_t end) {
     Partial unused;
     plan.each(begin, end, [&](int64_t chunk, int tensor, int64_t offset) {
-      update_chunk<R, T>(u, tensor, offset, u.observe ? results[chunk] : unused);
+      update_chunk<T>(rule, u, tensor, offset, u.observe ? results[chunk] : unused);
     });
   });
   if (!u.observe) return;
@@ -144,7 +192,7 @@ void run_update(const Update& u, const Parallel& parallel) {
       whole.gradient.merge(results[chunk].gradient);
       whole.update.merge(results[chunk].update);
       whole.weight.merge(results[chunk].weight);
-      for (int k = 0; k < R::kSlots; ++k) whole.slots[k].merge(results[chunk].slots[k]);
+      for (int k = 0; k < rule.slots; ++k) whole.slots[k].merge(results[chunk].slots[k]);
       whole.joint.merge(results[chunk].joint);
     }
     const bool missing = !u.weights[t].gradient && u.weights[t].size;
@@ -155,16 +203,21 @@ void run_update(const Update& u, const Parallel& parallel) {
     }
     whole.update.store(u.update + t * kMoments);
     whole.weight.store(u.weight + t * kMoments);
-    for (int k = 0; k < R::kSlots; ++k) whole.slots[k].store(u.slots[k] + t * kMoments);
+    for (int k = 0; k < rule.slots; ++k) whole.slots[k].store(u.slots[k] + t * kMoments);
     u.joint[t * kJoint] = missing ? nan : whole.joint.product;
     u.joint[t * kJoint + 1] = missing ? nan : static_cast<double>(whole.joint.rounded);
   }
 }
 
+template <typename R, bool kGraph>
+constexpr Steps steps() {
+  return {step_block<R, float, kGraph>, step_block<R, double, kGraph>, step_block<R, BFloat16, kGraph>,
+          step_block<R, Float16, kGraph>};
+}
+
 template <typename R>
 Rule rule() {
-  return {R::kName, R::kSlots, R::kScalars,
-          {run_update<R, float>, run_update<R, double>, run_update<R, BFloat16>, run_update<R, Float16>}};
+  return {R::kName, R::kSlots, R::kScalars, steps<R, true>(), steps<R, !HasRoot<R>::value>()};
 }
 
 }  // namespace trainrt

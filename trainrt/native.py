@@ -216,13 +216,19 @@ def measure_update(
 
     Returns:
       Moments of the update, after - before rounded to the weight's dtype: [P, 6] float64; and [P, 2] float64: the sum
-      of gradient * update over elements where both are finite, and the elements whose gradient is not zero and whose
-      update is; NaN without a gradient.
+      of gradient * update, and the number of elements whose gradient is not zero and whose update is; NaN without a
+      gradient.
     """
     if not after:
         return tf.zeros([0, len(record.DEVICE_MOMENTS)], tf.float64), tf.zeros([0, 2], tf.float64)
     known = [tf.zeros([0]) if g is None else g for g in gradients]
     return tuple(_ops().trainrt_measure_update(before=list(before), after=list(after), gradients=known))
+
+
+def update(**arguments: Any) -> Any:
+    """The op `TrainrtUpdate`, as `fused.py` calls it; `kernels/bind.cc` says what it takes."""
+    slots = arguments["slots"]
+    return _ops().trainrt_update(K=len(slots) // len(arguments["weights"]), **arguments)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,422 @@
+"""Replaces `optimizer.apply` by one pass that updates, and measures what it updates, bit for bit as Keras would.
+
+A Keras optimizer is a dozen elementwise ops a weight, each a trip through memory. Here one op takes all weights of a
+dtype: it loads gradient, weight and slots, steps, stores, and folds the moments of each while they lie in the cache.
+The scalar factors (learning rate, bias corrections) and the norms of Keras's own clips are computed by the very
+TensorFlow ops that Keras uses, so that their bits agree.
+
+This holds for the exact optimizer types in `RULES`, while the Keras source that was matched is the one installed
+(`matched.py`), and for options that `plan` does not refuse. Everything else takes the generic path, which is always
+right: `optimizer.apply`, then `native.measure_update`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from trainrt import matched, native
+
+DECAY_NONE, DECAY_MERGED, DECAY_IN_TURN = range(3)
+"""As `Decay` in `kernels/kernels.h`."""
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+class Observation(NamedTuple):
+    """What one fused step did; P rows in the order of the weights.
+
+    Attributes:
+      gradient: [P, 6] float64 moments of the gradient before any scale or clip, NaN where there is none; None if they
+        were not asked for.
+      update: [P, 6]: weight after the step minus the weight before it.
+      weight: [P, 6], after the step.
+      slots: Name of a slot, as Keras calls it -> [P, 6], after the step.
+      joint: [P, 2] float64: the sum of gradient * update, and the number of elements whose gradient is not zero and
+        whose update is; NaN without a gradient.
+    """
+
+    gradient: tf.Tensor | None
+    update: tf.Tensor
+    weight: tf.Tensor
+    slots: dict[str, tf.Tensor]
+    joint: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How a Keras optimizer maps to a rule of the library.
+
+    Attributes:
+      name: Of the rule, in `kernels/updates/`.
+      slots: Name of each slot, in the rule's order -> the optimizer's attribute that lists it.
+      scalars: (optimizer, dtype, learning rate) -> the rule's scalars, computed as `update_step` does.
+    """
+
+    name: str
+    slots: dict[str, str]
+    scalars: Callable[[Any, str, Any], list]
+
+
+def _sgd(optimizer) -> Rule:
+    if optimizer.momentum == 0:
+        return Rule("sgd", {}, lambda o, dtype, lr: [lr])
+    name = "sgd_nesterov" if optimizer.nesterov else "sgd_momentum"
+    return Rule(name, {"momentum": "momentums"}, lambda o, dtype, lr: [lr, ops.cast(o.momentum, dtype)])
+
+
+def _adam(optimizer) -> Rule:
+    def scalars(o, dtype, lr):
+        local_step = ops.cast(o.iterations + 1, dtype)
+        beta_1_power = ops.power(ops.cast(o.beta_1, dtype), local_step)
+        beta_2_power = ops.power(ops.cast(o.beta_2, dtype), local_step)
+        alpha = lr * ops.sqrt(1 - beta_2_power) / (1 - beta_1_power)
+        return [alpha, 1 - o.beta_1, 1 - o.beta_2, o.epsilon]
+
+    slots = {"momentum": "_momentums", "velocity": "_velocities"}
+    if optimizer.amsgrad:
+        return Rule("adam_amsgrad", {**slots, "velocity_hat": "_velocity_hats"}, scalars)
+    return Rule("adam", slots, scalars)
+
+
+def _rmsprop(optimizer) -> Rule:
+    name, slots, momentum = "rmsprop", {"velocity": "_velocities"}, []
+    if optimizer.centered:
+        name += "_centered"
+    if optimizer.momentum > 0:
+        name += "_momentum"
+        slots["momentum"] = "_momentums"
+        momentum = [optimizer.momentum]
+    if optimizer.centered:
+        slots["average_gradient"] = "_average_gradients"
+    return Rule(name, slots, lambda o, dtype, lr: [lr, o.rho, 1 - o.rho, o.epsilon, *momentum])
+
+
+def _adagrad(optimizer) -> Rule:
+    return Rule("adagrad", {"accumulator": "_accumulators"}, lambda o, dtype, lr: [lr, o.epsilon])
+
+
+def _adadelta(optimizer) -> Rule:
+    slots = {"accumulated_grad": "_accumulated_grads", "accumulated_delta_var": "_accumulated_delta_vars"}
+    return Rule("adadelta", slots, lambda o, dtype, lr: [lr, o.rho, 1 - o.rho, o.epsilon])
+
+
+def _adamax(optimizer) -> Rule:
+    def scalars(o, dtype, lr):
+        beta_1_power = ops.power(ops.cast(o.beta_1, dtype), ops.cast(o.iterations + 1, dtype))
+        return [lr, 1 - o.beta_1, o.beta_2, 1 - beta_1_power, o.epsilon]
+
+    return Rule("adamax", {"momentum": "_m", "norm": "_u"}, scalars)
+
+
+def _nadam(optimizer) -> Rule:
+    def scalars(o, dtype, lr):
+        local_step = ops.cast(o.iterations + 1, dtype)
+        next_step = ops.cast(o.iterations + 2, dtype)
+        decay = ops.cast(0.96, dtype)
+        beta_1 = ops.cast(o.beta_1, dtype)
+        beta_2 = ops.cast(o.beta_2, dtype)
+        u_t = beta_1 * (1.0 - 0.5 * (ops.power(decay, local_step)))
+        u_t_1 = beta_1 * (1.0 - 0.5 * (ops.power(decay, next_step)))
+        u_product_t = ops.cast(o._u_product, dtype)
+        u_product_t_1 = u_product_t * u_t_1
+        beta_2_power = ops.power(beta_2, local_step)
+        return [
+            lr,
+            1 - beta_1,
+            1 - beta_2,
+            u_t_1,
+            1 - u_product_t_1,
+            1 - u_t,
+            1 - u_product_t,
+            1 - beta_2_power,
+            o.epsilon,
+        ]
+
+    return Rule("nadam", {"momentum": "_momentums", "velocity": "_velocities"}, scalars)
+
+
+def _lion(optimizer) -> Rule:
+    def scalars(o, dtype, lr):
+        beta_1, beta_2 = ops.cast(o.beta_1, dtype), ops.cast(o.beta_2, dtype)
+        return [lr, beta_1, 1.0 - beta_1, beta_2, 1.0 - beta_2]
+
+    return Rule("lion", {"momentum": "_momentums"}, scalars)
+
+
+RULES: dict[type, Callable[[Any], Rule]] = {
+    keras.optimizers.SGD: _sgd,
+    keras.optimizers.Adam: _adam,
+    keras.optimizers.AdamW: _adam,
+    keras.optimizers.RMSprop: _rmsprop,
+    keras.optimizers.Adagrad: _adagrad,
+    keras.optimizers.Adadelta: _adadelta,
+    keras.optimizers.Adamax: _adamax,
+    keras.optimizers.Nadam: _nadam,
+    keras.optimizers.Lion: _lion,
+}
+"""The optimizers that have a fused update; subclasses have none."""
+
+
+def plan(
+    optimizer: keras.optimizers.Optimizer,
+    variables: Sequence,
+    gradients: Sequence | None = None,
+    *,
+    jit_compile: bool = False,
+) -> Fused | str:
+    """Whether one fused pass may stand in for `optimizer.apply(gradients, variables)`.
+
+    Args:
+      optimizer: A built optimizer.
+      variables: P weights that it was built with, `keras.Variable` or `tf.Variable`.
+      gradients: The gradients, where they are known: a `tf.IndexedSlices` among them, or one of another dtype than its
+        weight, is refused.
+      jit_compile: Whether XLA compiles the step that this is a part of.
+
+    Returns:
+      The fused pass; or why there is none, as the end of a sentence about the optimizer.
+    """
+    reason = _refusal(optimizer, list(variables), jit_compile)
+    if reason is None and gradients is not None:
+        reason = _gradient_refusal(gradients, variables)
+    return reason or Fused(optimizer, list(variables))
+
+
+def _refusal(optimizer, variables: list, jit_compile: bool) -> str | None:
+    kind = type(optimizer)
+    if kind not in RULES:
+        return f"{_name(kind)} has no fused update"
+    if stranger := matched.stranger(kind):
+        return f"Keras {keras.__version__}'s {stranger} is not the one that was matched"
+    if changed := matched.METHODS.intersection(vars(optimizer)):
+        return f"{kind.__name__} with its own {min(changed)}"
+    if jit_compile:
+        return "XLA compiles the step"
+    if not optimizer.built:
+        return f"{kind.__name__} is not built"
+    for option in ("use_ema", "gradient_accumulation_steps"):
+        if getattr(optimizer, option):
+            return f"{kind.__name__} with {option}"
+    if optimizer.loss_scale_factor is not None and kind in (keras.optimizers.RMSprop, keras.optimizers.Lion):
+        # Grappler merges the division with the constants that these multiply by.
+        return f"{kind.__name__} with loss_scale_factor"
+    rate = optimizer._learning_rate
+    if not isinstance(rate, (keras.Variable, keras.optimizers.schedules.LearningRateSchedule)):
+        return f"{kind.__name__} whose learning rate is a function"
+    replicas = max(
+        tf.distribute.get_strategy().num_replicas_in_sync, optimizer._distribution_strategy.num_replicas_in_sync
+    )
+    if replicas > 1:
+        return f"a tf.distribute strategy with {replicas} replicas"
+    if (reason := _variable_refusal(optimizer, variables)) is not None:
+        return reason
+    if native.load() is None:
+        return f"the native ops are not there: {native.status().reason}"
+    return None
+
+
+def _variable_refusal(optimizer, variables: list) -> str | None:
+    if not variables:
+        return "no weights"
+    for variable in variables:
+        path = getattr(variable, "path", variable.name)
+        raw = _raw(variable)
+        if not tf.is_tensor(raw) or type(raw).__name__ != "ResourceVariable":
+            return f"{path} is a {type(raw).__name__}"
+        if optimizer._var_key(variable) not in optimizer._trainable_variables_indices:
+            return f"{path} is not among the weights that the optimizer was built with"
+        if raw.dtype.name not in DTYPES:
+            return f"{path} is {raw.dtype.name}"
+        if getattr(variable, "overwrite_with_gradient", False):
+            return f"{path} is overwritten with its gradient"
+        if getattr(variable, "constraint", None) is not None:
+            return f"{path} has a constraint"
+        if "GPU" in raw.device:
+            return f"{path} is on a GPU"
+    if optimizer.global_clipnorm and len({_raw(v).dtype for v in variables}) > 1:
+        return "global_clipnorm over weights of several dtypes"
+    return None
+
+
+def _gradient_refusal(gradients: Sequence, variables: Sequence) -> str | None:
+    for gradient, variable in zip(gradients, variables, strict=True):
+        path = getattr(variable, "path", variable.name)
+        if isinstance(gradient, tf.IndexedSlices):
+            return f"{path} has a sparse gradient"
+        if gradient is not None and gradient.dtype != _raw(variable).dtype:
+            return f"{path} is {_raw(variable).dtype.name} and its gradient {gradient.dtype.name}"
+    return None
+
+
+class Fused:
+    """One pass that does what `optimizer.apply` does for these weights. Made by `plan`.
+
+    Attributes:
+      optimizer: The optimizer.
+      variables: P weights.
+      rule: The rule that updates them.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer, variables: list):
+        self.optimizer = optimizer
+        self.variables = variables
+        self.rule = RULES[type(optimizer)](optimizer)
+
+    def apply(
+        self,
+        gradients: Sequence[tf.Tensor | None],
+        scale: tf.Tensor | None = None,
+        observe: bool = True,
+        gradient_moments: bool = True,
+    ) -> Observation | None:
+        """Updates weights, slots and `optimizer.iterations`, inside a `tf.function` or eagerly.
+
+        Args:
+          gradients: P dense gradients of their weights' dtypes; None where the loss does not reach, which Keras warns
+            about.
+          scale: [P] float32: each gradient is multiplied by its own, before Keras's clip. None does not multiply.
+          observe: Whether to measure.
+          gradient_moments: Whether the gradient's moments are wanted too; not if the caller has them already.
+
+        Returns:
+          The measurements; None unless `observe`.
+
+        Raises:
+          TypeError: A gradient is sparse, or of another dtype than its weight; `plan(..., gradients)` tells before.
+          ValueError: No gradient at all, as Keras.
+        """
+        if reason := _gradient_refusal(gradients, self.variables):
+            raise TypeError(f"A fused update takes dense gradients of their weights' dtypes. Received: {reason}.")
+        optimizer = self.optimizer
+        optimizer._filter_empty_gradients(list(gradients), self.variables)  # warns, or raises, as Keras does
+        if self.rule.name == "nadam":
+            dtype = optimizer._u_product.dtype
+            power = ops.power(0.96, ops.cast(optimizer.iterations + 1, dtype))
+            optimizer.assign(optimizer._u_product, optimizer._u_product * optimizer.beta_1 * (1.0 - 0.5 * power))
+        rate = optimizer.learning_rate
+        groups: dict[str, list[int]] = {}
+        for i, variable in enumerate(self.variables):
+            if gradients[i] is not None or observe:
+                groups.setdefault(_raw(variable).dtype.name, []).append(i)
+        parts = {
+            dtype: self._apply_group(dtype, index, gradients, scale, rate, observe, gradient_moments)
+            for dtype, index in groups.items()
+        }
+        optimizer._iterations.assign_add(1)
+        return self._observation(groups, parts, gradient_moments) if observe else None
+
+    def _apply_group(self, dtype, index, gradients, scale, rate, observe, gradient_moments):
+        """One op for the weights of one dtype."""
+        optimizer, rule = self.optimizer, self.rule
+        weights = [self.variables[i] for i in index]
+        missing = tf.zeros([0], dtype)
+        present = [gradients[i] for i in index]
+        factors = []
+        if scale is not None:
+            picked = scale if len(index) == len(self.variables) else tf.gather(scale, index)
+            factors.append(("multiply", tf.cast(picked, dtype)))
+        if optimizer.loss_scale_factor is not None:
+            factors.append(("divide", tf.constant(optimizer.loss_scale_factor, dtype)))
+        factors += self._clip(present, factors, dtype)
+        graph = not tf.executing_eagerly()
+        decay = [DECAY_NONE if g is None else self._decay(v, graph) for g, v in zip(present, weights, strict=True)]
+        learning_rate = ops.cast(rate, dtype)
+        scalars = [ops.convert_to_tensor(s, dtype) for s in rule.scalars(optimizer, dtype, learning_rate)]
+        if any(decay):
+            rate_of_decay = tf.cast(optimizer.weight_decay, dtype)
+            scalars += [rate_of_decay * learning_rate, rate_of_decay, learning_rate]
+        at = [optimizer._get_variable_index(v) for v in weights]
+        slots = [getattr(optimizer, attribute)[i] for attribute in rule.slots.values() for i in at]
+        return native.update(
+            rule=rule.name,
+            weights=[_raw(v).handle for v in weights],
+            slots=[_raw(s).handle for s in slots],
+            gradients=[missing if g is None else g for g in present],
+            factors=[values for _, values in factors],
+            prepare=[how for how, _ in factors],
+            scalars=scalars,
+            decay=decay,
+            graph=graph,
+            observe=observe,
+            gradient_moments=gradient_moments,
+        )
+
+    def _decay(self, variable, graph: bool) -> int:
+        """How the weight decays: Grappler multiplies the two rates first, unless the weight is a scalar too."""
+        raw = _raw(variable)
+        if self.optimizer.weight_decay is None or not self.optimizer._use_weight_decay(raw):
+            return DECAY_NONE
+        return DECAY_MERGED if graph and raw.shape.rank else DECAY_IN_TURN
+
+    def _clip(self, gradients, factors, dtype) -> list[tuple[str, tf.Tensor]]:
+        """Keras's own clip, as what happens to each element; the norms by the ops that Keras takes them with."""
+        optimizer = self.optimizer
+        if optimizer.clipnorm and optimizer.clipnorm > 0:
+            norm = tf.constant(optimizer.clipnorm, dtype)
+            norms = [
+                norm if g is None else tf.reshape(_clip_divisor(g, optimizer.clipnorm), [])
+                for g in _prepared(gradients, factors)
+            ]
+            return [("multiply", norm), ("divide", tf.stack(norms))]
+        if optimizer.global_clipnorm and optimizer.global_clipnorm > 0:
+            known = [g for g in _prepared(gradients, factors) if g is not None]
+            squared = ops.sum(ops.stack([ops.sum(ops.square(g)) for g in known]))
+            use_norm = ops.sqrt(squared)
+            limit = optimizer.global_clipnorm
+            scale_for_finite = limit * ops.minimum(1.0 / use_norm, 1.0 / limit)
+            return [("multiply", scale_for_finite + (use_norm - use_norm))]
+        if optimizer.clipvalue and optimizer.clipvalue > 0:
+            return [("clip", tf.constant(optimizer.clipvalue, dtype))]
+        return []
+
+    def _observation(self, groups, parts, gradient_moments) -> Observation:
+        def rows(pick) -> tf.Tensor:
+            pieces = [pick(part) for part in parts.values()]
+            if len(pieces) == 1:
+                return pieces[0]
+            place = [i for index in groups.values() for i in index]
+            order = sorted(range(len(place)), key=place.__getitem__)
+            return tf.gather(tf.concat(pieces, 0), order)
+
+        names = list(self.rule.slots)
+        return Observation(
+            gradient=rows(lambda part: part.gradient) if gradient_moments else None,
+            update=rows(lambda part: part.update),
+            weight=rows(lambda part: part.weight),
+            slots={name: rows(lambda part, k=k: part.slot[k]) for k, name in enumerate(names)},
+            joint=rows(lambda part: part.joint),
+        )
+
+
+def _prepared(gradients, factors) -> list:
+    """The gradients as they are when Keras takes their norm."""
+    result = list(gradients)
+    for how, values in factors:
+        for i, gradient in enumerate(result):
+            if gradient is not None:
+                value = values[i] if values.shape.rank else values
+                result[i] = gradient * value if how == "multiply" else gradient / value
+    return result
+
+
+def _clip_divisor(values: tf.Tensor, limit: float) -> tf.Tensor:
+    """What `tf.clip_by_norm` divides by."""
+    total = tf.reduce_sum(values * values, None, keepdims=True)
+    positive = total > 0
+    norm = tf.where(positive, tf.sqrt(tf.where(positive, total, tf.ones_like(total))), total)
+    return tf.maximum(norm, limit)
+
+
+def _raw(variable) -> tf.Variable:
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def _name(kind: type) -> str:
+    module = "keras.optimizers" if kind.__module__.startswith("keras.") else kind.__module__
+    return f"{module}.{kind.__qualname__}"
