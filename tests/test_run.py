@@ -354,7 +354,14 @@ def test_a_synthetic_run_is_healthy_unless_told_otherwise():
 
 
 def test_the_moments_of_a_synthetic_run_could_be_those_of_tensors():
-    run = _run(gradient_zero_share=0.25, update_nonfinite_share=0.1)
+    run = Run.synthetic(
+        4,
+        2,
+        slots=("velocity",),
+        gradient_norm=[1, 2, np.nan, 0.5],
+        gradient_zero_share=0.25,
+        update_nonfinite_share=0.1,
+    )
     for subject in run.roster.subjects:
         m = run.moments(subject)
         ok = ~np.isnan(m.count)
