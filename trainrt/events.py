@@ -39,6 +39,8 @@ MAX_RECORD_BYTES = 1 << 28
 """A longer record is skipped unread: TensorBoard's data server refuses to serve so much, and no chunk comes near."""
 
 _PREFIX = f"{PLUGIN}/"
+_MARK = _PREFIX.encode()
+_HEAD, _CHECKSUM = struct.Struct("<QI"), struct.Struct("<I")
 _BLOCK_BYTES = 1 << 22
 _MOST_PROBLEMS = 20
 _TYPES = {
@@ -140,7 +142,7 @@ def encode_text(step: int, wall_time: float | None, tag: str, markdown: str) -> 
 def frame(event: bytes) -> bytes:
     """An event as it lies in a file: length, checksum of the length, event, checksum of the event."""
     length = struct.pack("<Q", len(event))
-    return length + _checksum(length) + event + _checksum(event)
+    return length + _CHECKSUM.pack(_masked(length)) + event + _CHECKSUM.pack(_masked(event))
 
 
 def to_wire(moments: np.ndarray) -> np.ndarray:
@@ -228,10 +230,10 @@ def _now(wall_time: float | None) -> float:
     return time.time() if wall_time is None else float(wall_time)
 
 
-def _checksum(data: bytes) -> bytes:
+def _masked(data: bytes) -> int:
     """The masked CRC-32C of a TFRecord."""
     crc = google_crc32c.value(data)
-    return struct.pack("<I", (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 # -------------------------------------------------------------------------------------------------------- from bytes
@@ -405,38 +407,33 @@ class Reader:
           ValueError: The file is of a newer version of the record than this package reads.
         """
         self._stop = None
-        block, start = b"", 0
-        size = self._file.size
-
-        def take(offset: int, length: int) -> bytes:
-            nonlocal block, start
-            if not start <= offset <= offset + length <= start + len(block):
-                block, start = self._file.read(offset, max(length, _BLOCK_BYTES)), offset
-            return block[offset - start : offset - start + length]
-
-        while size - self.offset >= 12:
-            head = take(self.offset, 12)
-            if len(head) < 12:
-                break
-            (length,) = struct.unpack_from("<Q", head)
-            if _checksum(head[:8]) != head[8:]:
-                lost = size - self.offset
+        block, start = b"", self.offset
+        while True:
+            at = self.offset - start
+            if at + 12 > len(block):
+                block, start, at = self._file.read(self.offset, _BLOCK_BYTES), self.offset, 0
+                if len(block) < 12:
+                    break
+            length, checksum = _HEAD.unpack_from(block, at)
+            if _masked(block[at : at + 8]) != checksum:
+                lost = self._file.size - self.offset
                 self._stop = f"Byte {self.offset}: the length of a record is damaged; {lost} bytes from there are lost."
                 break
-            whole = length + 16
-            if size - self.offset < whole:
-                break
-            item = None
+            whole, item = length + 16, None
+            if at + whole > len(block):
+                if self._file.size - self.offset < whole:
+                    break
+                if length <= MAX_RECORD_BYTES:
+                    block, start, at = self._file.read(self.offset, max(whole, _BLOCK_BYTES)), self.offset, 0
+                    if len(block) < whole:
+                        break
             if length > MAX_RECORD_BYTES:
                 self._skip(f"a record claims {length} bytes")
             else:
-                data = take(self.offset + 12, length + 4)
-                if len(data) < length + 4:
-                    break
-                event, checksum = data[:length], data[length:]
-                if _checksum(event) != checksum:
+                event = block[at + 12 : at + 12 + length]
+                if _masked(event) != _CHECKSUM.unpack_from(block, at + 12 + length)[0]:
                     self._skip("the checksum of a record is wrong")
-                elif _PREFIX.encode() in event:
+                elif _MARK in event:
                     item = self._decode(event)
             self.offset += whole
             if item is not None:
