@@ -299,6 +299,12 @@ def test_what_a_run_does_not_have_is_an_error_that_lists_what_it_has():
         RUN[::2]
 
 
+def test_a_statistic_and_a_scalar_of_one_name_are_read_apart():
+    run = Run.synthetic(steps=3, parameters=2, gradient_norm=2.0, scalars={"gradient_norm": 8.0**0.5})
+    np.testing.assert_allclose(run["gradient_norm"], np.full((3, 2), 2.0))
+    np.testing.assert_allclose(run.scalar("gradient_norm"), np.full(3, 8.0**0.5))
+
+
 def test_a_table_has_a_row_for_each_window_and_weight(run):
     table = run.to_pandas(["update_ratio", "gradient_norm"])
     assert len(table) == STEPS * len(PARAMETERS)

@@ -243,9 +243,12 @@ class Run:
                 "A run is indexed with the name of a statistic or a slice of its windows. "
                 f"Received: {key!r}. For one window write run[i:i + 1]."
             )
-        if key in self.roster.scalars and key not in statistics.STATISTICS:
-            raise KeyError(f"{key!r} is a scalar of the run: run.scalar({key!r}).")
-        statistic = statistics.find(key, self.roster.subjects)
+        try:
+            statistic = statistics.find(key, self.roster.subjects)
+        except KeyError:
+            if key in self.roster.scalars:
+                raise KeyError(f"{key!r} is a scalar of the run: run.scalar({key!r}).") from None
+            raise
         values = statistic({need: self._argument(need, key) for need in statistic.needs})
         shape = (len(self), len(self.roster.parameters))
         try:
