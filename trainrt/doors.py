@@ -1,6 +1,7 @@
 """Every private name of Keras that trainrt uses, each behind one function of this file.
 
-Nothing else in the package touches a name of Keras that begins with an underscore or lives under `keras.src`.
+Nothing else in the package touches a name of Keras that begins with an underscore or lives under `keras.src`, but for
+`fused.py`: it stands in for optimizers whose source it was matched with, and `matched.py` checks that it still is.
 Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 
 | private name | used for | what would replace it |
@@ -196,9 +197,14 @@ def trained_variables(optimizer) -> list:
     return list(optimizer._trainable_variables)
 
 
+def raw(variable) -> tf.Variable:
+    """The `tf.Variable` in a `keras.Variable`, or itself."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
 def variable_key(variable) -> int:
     """Identity of a weight, the same for a `keras.Variable` and the `tf.Variable` in it."""
-    return id(variable.value if isinstance(variable, keras.Variable) else variable)
+    return id(raw(variable))
 
 
 def slots(optimizer, variables: Sequence) -> dict[str, list]:

@@ -1,9 +1,8 @@
-"""measure: tensors to moments, in plain TensorFlow ops.
+"""measure: tensors to moments, by the native kernels where they run, else in plain TensorFlow ops.
 
-This is the reference: it runs on every device and under XLA, and it is the twin of the native kernels. Tensors are laid
-side by side in rows of `ROW` elements, so that a model of a hundred weights costs a handful of ops and not a thousand.
-Rows are reduced in float32 relative to their own largest magnitude (so neither 1e-30 nor 1e30 is lost) and folded in
-float64.
+The plain ops are the reference: they run on every device and under XLA. Tensors are laid side by side in rows of `ROW`
+elements, so that a model of a hundred weights costs a handful of ops and not a thousand. Rows are reduced in float32
+relative to their own largest magnitude (so neither 1e-30 nor 1e30 is lost) and folded in float64.
 """
 
 from __future__ import annotations
@@ -14,29 +13,37 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from trainrt import native
 from trainrt.record import DEVICE_MOMENTS
+
+NATIVE_DTYPES = (tf.float32, tf.float64, tf.bfloat16, tf.float16)
 
 ROW = 256
 """Elements a row. Short enough for float32 sums to keep 1e-7, long enough for the fold to be cheap."""
 
 
-def measure(tensors: Sequence[tf.Tensor | tf.IndexedSlices | None]) -> tf.Tensor:
+def measure(tensors: Sequence[tf.Tensor | None], kernels: bool = False) -> tf.Tensor:
     """Reduces each tensor to its moments.
 
     Args:
-      tensors: P floating-point tensors of any static shape. `None` is not measured. `tf.IndexedSlices` are measured as
-        the dense gradient that they stand for: rows with the same index are summed.
+      tensors: P tensors of static shape. `None` is not measured.
+      kernels: Whether the native kernels may be used: they are loaded, and neither XLA nor a GPU holds the tensors.
 
     Returns:
       [P, 6] float64, columns as in `record.DEVICE_MOMENTS`. The row of a `None`, or of a tensor that is not floating
       point, is NaN: not measured is not zero.
     """
-    rows = _Rows.of(tensors)
-    return rows.moments() if rows else tf.fill([len(tensors), len(DEVICE_MOMENTS)], tf.constant(np.nan, tf.float64))
+    kept = [i for i, t in enumerate(tensors) if t is not None and t.dtype.is_floating]
+    if not kept:
+        return _unmeasured(len(tensors), len(DEVICE_MOMENTS))
+    known = [tensors[i] for i in kept]
+    native_rows = kernels and all(t.dtype in NATIVE_DTYPES for t in known)
+    rows = native.measure(known) if native_rows else _Rows.of(known).moments()
+    return _spread(rows, kept, len(tensors))
 
 
 def measure_update(
-    before: Sequence[tf.Tensor], after: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor | tf.IndexedSlices | None]
+    before: Sequence[tf.Tensor], after: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor | None], kernels: bool = False
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Moments of `after - before`, and what it has to do with the gradient.
 
@@ -44,22 +51,32 @@ def measure_update(
       [P, 6] float64 moments of the update, and [P, 2] float64: the inner product of gradient and update, and the number
       of elements whose gradient is not zero and that did not change all the same. NaN where there is no gradient.
     """
-    updates = [a - b if a.dtype.is_floating else None for a, b in zip(after, before, strict=True)]
-    gradients = [
-        None if g is None or u is None else tf.cast(_dense(g), u.dtype)
-        for g, u in zip(gradients, updates, strict=True)
-    ]
-    update = _Rows.of(updates)
-    shared = _Rows.of([u if g is not None else None for g, u in zip(gradients, updates, strict=True)])
-    gradient = _Rows.of(gradients)
-    count = len(updates)
-    moments = update.moments() if update else tf.fill([count, len(DEVICE_MOMENTS)], tf.constant(np.nan, tf.float64))
-    joint = gradient.with_update(shared) if gradient and shared else tf.fill([count, 2], tf.constant(np.nan, tf.float64))
-    return moments, joint
+    kept = [i for i, t in enumerate(after) if t.dtype.is_floating]
+    tensors = [t for i in kept for t in (before[i], after[i], gradients[i]) if t is not None]
+    if kernels and kept and all(t.dtype in NATIVE_DTYPES for t in tensors):
+        picked = ([part[i] for i in kept] for part in (before, after, gradients))
+        update, joint = native.measure_update(*picked)
+        return _spread(update, kept, len(after)), _spread(joint, kept, len(after))
+    updates = [after[i] - before[i] if i in kept else None for i in range(len(after))]
+    paired = [i for i in kept if gradients[i] is not None]
+    joint = _unmeasured(len(after), 2)
+    if paired:
+        gradient = _Rows.of([tf.cast(gradients[i], updates[i].dtype) for i in paired])
+        joint = _spread(gradient.with_update(_Rows.of([updates[i] for i in paired])), paired, len(after))
+    return measure(updates), joint
 
 
-def _dense(tensor: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
-    return tf.convert_to_tensor(tensor) if isinstance(tensor, tf.IndexedSlices) else tensor
+def _unmeasured(count: int, columns: int) -> tf.Tensor:
+    return tf.fill([count, columns], tf.constant(np.nan, tf.float64))
+
+
+def _spread(rows: tf.Tensor, kept: Sequence[int], count: int) -> tf.Tensor:
+    """Rows of the kept ones among `count`; NaN for the others."""
+    if len(kept) == count:
+        return rows
+    place = np.full(count, len(kept), np.int32)
+    place[list(kept)] = np.arange(len(kept))
+    return tf.gather(tf.concat([rows, _unmeasured(1, rows.shape[1])], 0), place)
 
 
 @dataclasses.dataclass
@@ -69,42 +86,33 @@ class _Rows:
     Attributes:
       rows: [R, ROW] float32, or float64 when a tensor is.
       owner: [R] index of the tensor of each row.
-      sizes: P element counts; None for what is not measured.
+      sizes: [P] element counts.
     """
 
     rows: tf.Tensor
     owner: np.ndarray
-    sizes: list[int | None]
+    sizes: np.ndarray
 
     @classmethod
-    def of(cls, tensors: Sequence[tf.Tensor | tf.IndexedSlices | None]) -> _Rows | None:
-        kept = [(i, _dense(t)) for i, t in enumerate(tensors) if t is not None and t.dtype.is_floating]
-        sizes: list[int | None] = [None] * len(tensors)
-        if not kept:
-            return None
-        dtype = tf.float64 if any(t.dtype == tf.float64 for _, t in kept) else tf.float32
-        parts, owner = [], []
-        for i, tensor in kept:
+    def of(cls, tensors: Sequence[tf.Tensor]) -> _Rows:
+        dtype = tf.float64 if any(t.dtype == tf.float64 for t in tensors) else tf.float32
+        parts, owner, sizes = [], [], []
+        for i, tensor in enumerate(tensors):
             size = tensor.shape.num_elements()
             if size is None:
                 raise ValueError(f"Moments need tensors of static shape. Received: shape={tensor.shape}.")
-            sizes[i] = size
+            sizes.append(size)
             parts.append(tf.reshape(tf.cast(tensor, dtype), [size]))
             if size % ROW:
                 parts.append(tf.zeros([-size % ROW], dtype))
             owner += [i] * -(-size // ROW)
-        return cls(tf.reshape(tf.concat(parts, 0), [-1, ROW]), np.array(owner, np.int32), sizes)
+        rows = tf.reshape(tf.concat(parts, 0), [-1, ROW])
+        return cls(rows, np.array(owner, np.int32), np.array(sizes, np.float64))
 
     def _fold(self, columns: list[tf.Tensor]) -> tf.Tensor:
         """[R] columns summed over the rows of each tensor: [P, columns]."""
         stacked = tf.stack([tf.cast(c, tf.float64) for c in columns], axis=1)
         return tf.math.unsorted_segment_sum(stacked, self.owner, len(self.sizes))
-
-    def _measured(self, result: tf.Tensor) -> tf.Tensor:
-        if all(size is not None for size in self.sizes):
-            return result
-        mask = np.array([size is not None for size in self.sizes])[:, None]
-        return tf.where(mask, result, tf.constant(np.nan, tf.float64))
 
     def moments(self) -> tf.Tensor:
         finite = tf.math.is_finite(self.rows)
@@ -122,34 +130,21 @@ class _Rows:
             ]
         )
         largest = tf.math.unsorted_segment_max(tf.cast(absmax, tf.float64), self.owner, len(self.sizes))
-        size = np.array([s or 0 for s in self.sizes], np.float64)
-        padding = -size % ROW
-        return self._measured(
-            tf.stack(
-                [
-                    tf.constant(size),
-                    folded[:, 0],
-                    folded[:, 1],
-                    tf.where(size > 0, largest, tf.zeros_like(largest)),
-                    folded[:, 2] - padding,
-                    size + padding - folded[:, 3],
-                ],
-                axis=1,
-            )
+        padding = -self.sizes % ROW
+        return tf.stack(
+            [
+                tf.constant(self.sizes),
+                folded[:, 0],
+                folded[:, 1],
+                tf.where(self.sizes > 0, largest, tf.zeros_like(largest)),
+                folded[:, 2] - padding,
+                self.sizes + padding - folded[:, 3],
+            ],
+            axis=1,
         )
 
     def with_update(self, update: _Rows) -> tf.Tensor:
-        gradient = tf.cast(self.rows, tf.float64)
-        return self._measured(
-            self._fold(
-                [
-                    tf.reduce_sum(gradient * tf.cast(update.rows, tf.float64), axis=1),
-                    tf.reduce_sum(
-                        tf.cast(
-                            tf.logical_and(tf.not_equal(self.rows, 0), tf.equal(update.rows, 0)), self.rows.dtype
-                        ),
-                        axis=1,
-                    ),
-                ]
-            )
-        )
+        """[P, 2]: these are gradients; their inner product with the update, and how often it is zero and they are not."""
+        product = tf.cast(self.rows, tf.float64) * tf.cast(update.rows, tf.float64)
+        rounded = tf.logical_and(tf.not_equal(self.rows, 0), tf.equal(update.rows, 0))
+        return self._fold([tf.reduce_sum(product, axis=1), tf.reduce_sum(tf.cast(rounded, tf.float32), axis=1)])

@@ -7,12 +7,13 @@ the model's `jit_compile`, so that it computes the same bits.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
-from trainrt import doors
+from trainrt import doors, native
 from trainrt.clip import Clip
 from trainrt.record import Roster
 from trainrt.update import Observer
@@ -42,6 +43,11 @@ class Step:
       model: A compiled model.
       clip: Scales for the gradients before they reach the optimizer, or None.
       every: Observe every n-th step; 0 observes none.
+
+    Attributes:
+      roster: The names along the axes of the vectors; None when nothing is observed.
+      unseen: Why nothing is observed, though it was asked for.
+      paths: The optimizer's name -> "fused", or why the optimizer's own `apply` runs.
     """
 
     def __init__(self, model: keras.Model, clip: Clip | None, every: int):
@@ -54,6 +60,8 @@ class Step:
         self.roster: Roster | None = None
         if every and self._strategy.num_replicas_in_sync > 1:
             self._blind("several replicas are not observed yet")
+        self._kernels = not model.jit_compile and self._strategy.num_replicas_in_sync == 1 and native.load() is not None
+        self.paths: dict[str, str] = {}
         self._width = 0
         self._chunk = None
         self._plain = self._compiled(measuring=False)
@@ -67,9 +75,10 @@ class Step:
         model, strategy = self._model, self._strategy
 
         def replica_step(data):
-            observer = Observer(self._optimizers, self._clip, measuring)
+            observer = Observer(self._optimizers, self._clip, measuring, self._kernels)
             with observer.watch(model):
                 logs = model.train_step(data)
+            self.paths = observer.paths
             if not measuring:
                 return logs, tf.zeros([0], tf.float64)
             vector = observer.pack(logs)
@@ -85,7 +94,7 @@ class Step:
             return doors.reduce_logs(outputs, strategy)
 
         if not model.run_eagerly:
-            one_step = tf.function(one_step, reduce_retracing=True, jit_compile=model.jit_compile)
+            one_step = _function(one_step, jit_compile=model.jit_compile)
 
         @tf.autograph.experimental.do_not_convert
         def without_optionals(data):
@@ -111,7 +120,7 @@ class Step:
             self._plain.function.get_concrete_function(spec)
         if self._chunk is None:
             loop = self._loop if self._strategy.num_replicas_in_sync == 1 else self._single
-            self._chunk = tf.function(loop, reduce_retracing=True)
+            self._chunk = _function(loop)
 
     @property
     def most(self) -> int:
@@ -209,6 +218,11 @@ class Step:
         self._width = max(v.shape[0] for v in vectors)
         zeros = tf.zeros([self._width], tf.float64)
         return Outcome(ran, logs, tf.stack([v if v.shape[0] else zeros for v in vectors]))
+
+
+def _function(python_function, **options):
+    """A `tf.function` that counts its own traces only. TensorFlow counts by code object, and warns of the fifth model."""
+    return tf.function(functools.partial(python_function), reduce_retracing=True, **options)
 
 
 def _upto(iterator, count: int):

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainrt import doors, moments
+from trainrt import clip, doors, fused, moments
 from trainrt.clip import Clip
 from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, UPDATE, WEIGHT, Parameter, Roster, unique
 
@@ -41,24 +41,33 @@ class Observer:
 
     Args:
       optimizers: The optimizers to watch, the model's own first.
-      clip: Scales for the gradients, or None.
-      measuring: Whether to measure. False only clips.
+      clips: Scales for the gradients, or None.
+      measuring: Whether to measure. False only clips and updates.
+      kernels: Whether the native kernels may be used: they are loaded and XLA does not compile the step.
+
+    Attributes:
+      unseen: Why nothing was seen; None if something was.
+      paths: The optimizer's name -> how it updates: "fused", or why not.
     """
 
-    def __init__(self, optimizers: Sequence[keras.optimizers.Optimizer], clip: Clip | None, measuring: bool):
+    def __init__(
+        self, optimizers: Sequence[keras.optimizers.Optimizer], clips: Clip | None, measuring: bool, kernels: bool
+    ):
         self._optimizers = optimizers
-        self._clip = clip
+        self._clip = clips
         self._measuring = measuring
+        self._kernels = kernels
         self._applies: list[_Apply] = []
         self._parameters: dict[int, Parameter] = {}
         self._losses: dict[str, tf.Tensor] = {}
         self._inside = False
         self.unseen: str | None = None
+        self.paths: dict[str, str] = {}
 
     @contextlib.contextmanager
     def watch(self, model: keras.Model) -> Iterator[None]:
         """Stands at `apply` of each optimizer and at the model's loss, for as long as the context lasts."""
-        watched = self._optimizers if self._measuring or self._clip else ()
+        watched = self._optimizers if self._measuring or self._clip or self._kernels else ()
         with contextlib.ExitStack() as stack:
             for optimizer in watched:
                 stack.enter_context(_replaced(optimizer, "apply", self._apply(optimizer, optimizer.apply)))
@@ -95,49 +104,57 @@ class Observer:
     def _observe(self, optimizer, apply, gradients, trainable_variables):
         given = trainable_variables is not None
         variables = list(trainable_variables) if given else doors.trained_variables(optimizer)
+        kernels = self._kernels and not any("GPU" in doors.raw(v).device for v in variables)
+        way = fused.plan(optimizer, variables, gradients) if kernels else "the native kernels are not used here"
+        self.paths[optimizer.name] = way if isinstance(way, str) else "fused"
         loss_scale = _loss_scale(optimizer)
-        dense = [_dense(g, v) for g, v in zip(gradients, variables, strict=True)]
-        measured = _unscale(moments.measure(dense), loss_scale)
-        scale = None
+        learning_rate = _learning_rate(optimizer) if self._measuring else None
+        dense = measured = scale = None
+        if self._clip is not None or (self._measuring and isinstance(way, str)):
+            dense = [_dense(g, v) for g, v in zip(gradients, variables, strict=True)]
+            measured = _unscale(moments.measure(dense, kernels), loss_scale)
         if self._clip is not None:
             scale = tf.ensure_shape(tf.cast(self._clip(measured), tf.float64), [len(variables)])
-            gradients = [_scaled(g, scale[i]) for i, g in enumerate(gradients)]
-        if not self._measuring:
-            return apply(gradients, variables if given else None)
 
-        learning_rate = _learning_rate(optimizer)
-        before = [_value(v) for v in variables]
-        result = apply(gradients, variables if given else None)
-        after = [_value(v) for v in variables]
+        if isinstance(way, str):
+            if scale is not None:
+                gradients = [_scaled(g, scale[i]) for i, g in enumerate(gradients)]
+            before = [_value(v) for v in variables] if self._measuring else ()
+            result = apply(gradients, variables if given else None)
+            if not self._measuring:
+                return result
+            seen = _measured_after(optimizer, variables, before, dense, kernels)
+        else:
+            factor = None if scale is None else tf.cast(scale, tf.float32)
+            seen = way.apply(gradients, factor, observe=self._measuring, gradient_moments=measured is None)
+            result = None
+            if seen is None:
+                return result
+            if measured is None:
+                measured = _unscale(seen.gradient, loss_scale)
+        self._note(optimizer, variables, measured, seen, scale, learning_rate, loss_scale)
+        return result
 
-        slots = doors.slots(optimizer, variables)
-        names = list(slots)
-        rest = moments.measure([*after, *(_value(s) for name in names for s in slots[name])])
-        update, joint = moments.measure_update(before, after, dense)
-        count = len(variables)
-        subjects = {GRADIENT: measured, UPDATE: update, WEIGHT: rest[:count]}
-        for i, name in enumerate(names, start=1):
-            subjects[name] = rest[i * count : (i + 1) * count]
+    def _note(self, optimizer, variables, measured, seen, scale, learning_rate, loss_scale) -> None:
+        """Keeps what one call of `apply` did."""
+        subjects = {GRADIENT: measured, UPDATE: seen.update, WEIGHT: seen.weight, **seen.slots}
         keys = [doors.variable_key(v) for v in variables]
         for key, variable in zip(keys, variables, strict=True):
             self._parameters.setdefault(key, _parameter(variable))
+        joint = seen.joint
         if loss_scale is not None:
             joint = joint / tf.stack([tf.cast(loss_scale, tf.float64), 1.0])
-        ones = tf.ones([count], tf.float64)
-        factor = ones if scale is None else scale
+        ones = tf.ones([len(variables)], tf.float64)
+        scale = _own_clip(optimizer, measured) if scale is None else scale
         columns = {
             "steps": ones,
-            "scale": factor,
-            "clipped": tf.cast(tf.logical_not(tf.equal(factor, 1.0)), tf.float64),
+            "scale": ones if scale is None else scale,
+            "clipped": tf.zeros_like(ones) if scale is None else tf.cast(tf.not_equal(scale, 1.0), tf.float64),
             "gradient_update": joint[:, 0],
             "rounded": joint[:, 1],
         }
-        self._applies.append(
-            _Apply(
-                optimizer, keys, subjects, tf.stack([columns[j] for j in JOINT], axis=1), learning_rate, loss_scale
-            )
-        )
-        return result
+        joint = tf.stack([columns[name] for name in JOINT], axis=1)
+        self._applies.append(_Apply(optimizer, keys, subjects, joint, learning_rate, loss_scale))
 
     def roster(self) -> Roster:
         """The names along the axes of the vectors of this step."""
@@ -225,6 +242,36 @@ def _replaced(owner, name: str, function) -> Iterator[None]:
             del owner.__dict__[name]
         else:
             owner.__dict__[name] = before
+
+
+def _measured_after(optimizer, variables, before, gradients, kernels: bool) -> fused.Observation:
+    """What the optimizer's own `apply` did: the generic path, right for any optimizer."""
+    after = [_value(v) for v in variables]
+    slots = doors.slots(optimizer, variables)
+    rest = moments.measure([*after, *(_value(slot) for row in slots.values() for slot in row)], kernels)
+    update, joint = moments.measure_update(before, after, gradients, kernels)
+    count = len(variables)
+    rows = {name: rest[i * count : (i + 1) * count] for i, name in enumerate(slots, start=1)}
+    return fused.Observation(None, update, rest[:count], rows, joint)
+
+
+def _own_clip(optimizer, measured: tf.Tensor) -> tf.Tensor | None:
+    """[P] the factor by which the optimizer's own clip scales each gradient; None without one.
+
+    `clipvalue` cuts single elements, which is no scale; it is 1 unless the largest magnitude is cut, and then the share
+    of that which is left.
+    """
+    parts = list(doors.parts(optimizer))
+    if len(parts) != 1 or parts[0].gradient_accumulation_steps:
+        return None
+    own = parts[0]
+    if own.clipnorm:
+        return clip.WeightNorm(own.clipnorm)(measured)
+    if own.global_clipnorm:
+        return clip.GlobalNorm(own.global_clipnorm)(measured)
+    if own.clipvalue:
+        return clip.LargestMagnitude(own.clipvalue)(measured)
+    return None
 
 
 def _parameter(variable) -> Parameter:
