@@ -285,18 +285,26 @@ class Record:
     def nbytes(self) -> int:
         return sum(a.nbytes for a in (self.steps, self.wall_time, self.joint, self.scalars, *self.moments.values()))
 
-    def merge(self) -> Record:
-        """All windows as one."""
-        width = (self.steps[:, 1] - self.steps[:, 0] + 1)[:, None]
+    def merge(self, every: int | None = None) -> Record:
+        """Each `every` consecutive windows as one, by default all of them; `every` must divide T."""
+        every = len(self) if every is None else every
+        if every == 1:
+            return self
+
+        def grouped(array: np.ndarray) -> np.ndarray:
+            return array.reshape(-1, every, *array.shape[1:])
+
+        steps, scalars, joint = grouped(self.steps), grouped(self.scalars), grouped(self.joint)
+        width = (steps[..., 1] - steps[..., 0] + 1)[..., None]
         with np.errstate(invalid="ignore", over="ignore"):  # inf - inf is NaN, as it should be
-            mean = (self.scalars[:, :, 0] * width).sum(0) / width.sum()
-        low, high = np.fmin.reduce(self.scalars[:, :, 1]), np.fmax.reduce(self.scalars[:, :, 2])
+            mean = (scalars[..., 0] * width).sum(1) / width.sum(1)
+        low, high = np.fmin.reduce(scalars[..., 1], axis=1), np.fmax.reduce(scalars[..., 2], axis=1)
         return Record(
-            np.array([[self.steps[0, 0], self.steps[-1, 1]]], np.int64),
-            self.wall_time[-1:],
-            {subject: Moments(cube).merge(0).array[None] for subject, cube in self.moments.items()},
-            np.where(np.isnan(self.joint).all(0), np.nan, np.nansum(self.joint, axis=0))[None],
-            np.stack([mean, low, high], axis=-1)[None],
+            np.stack([steps[:, 0, 0], steps[:, -1, 1]], axis=1),
+            self.wall_time[every - 1 :: every],
+            {subject: Moments(grouped(cube)).merge(1).array for subject, cube in self.moments.items()},
+            np.where(np.isnan(joint).all(1), np.nan, np.nansum(joint, axis=1)),
+            np.stack([mean, low, high], axis=-1),
         )
 
     @classmethod

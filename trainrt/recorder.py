@@ -201,7 +201,7 @@ class _Windows:
     def rest(self) -> list[Record]:
         """The window that is not full yet."""
         pending, self._pending = self._pending, None
-        return [] if pending is None else [merge_every(pending, len(pending))]
+        return [] if pending is None else [pending.merge()]
 
     def _widen(self, record: Record) -> list[Record]:
         done = []
@@ -212,30 +212,12 @@ class _Windows:
             if not windows:
                 self._pending = record
                 break
-            done.append(merge_every(record[: windows * self._width], self._width))
+            done.append(record[: windows * self._width].merge(self._width))
             record = record[windows * self._width :]
             self._left -= windows
             if not self._left:
                 self._width, self._left = self._width * 2, self.per_width
         return done
-
-
-def merge_every(record: Record, width: int) -> Record:
-    """Each `width` consecutive windows of one step as one window; as many as there are must divide by `width`."""
-    if width == 1:
-        return record
-    groups = len(record) // width
-    scalars = record.scalars.reshape(groups, width, -1, record.scalars.shape[-1])
-    return Record(
-        np.stack([record.steps[::width, 0], record.steps[width - 1 :: width, 1]], axis=1),
-        record.wall_time[width - 1 :: width],
-        {s: Moments(cube.reshape(groups, width, *cube.shape[1:])).merge(1).array for s, cube in record.moments.items()},
-        record.joint.reshape(groups, width, *record.joint.shape[1:]).sum(1),
-        np.stack(
-            [scalars[..., 0].mean(1), np.fmin.reduce(scalars[..., 1], axis=1), np.fmax.reduce(scalars[..., 2], axis=1)],
-            axis=-1,
-        ),
-    )
 
 
 def _abnormal(record: Record) -> np.ndarray:
