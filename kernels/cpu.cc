@@ -18,7 +18,8 @@ Moments measure_chunk(const T* x, int64_t size) {
   alignas(64) typename Folded<T>::Wide scratch[kBlock];
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, size - begin));
-    fold.add(Folded<T>::widen(x + begin, n, scratch), n);
+    const auto* block = Folded<T>::widen(x + begin, n, scratch);
+    fold.add(block, n, block);
   }
   return fold.moments();
 }
@@ -27,28 +28,24 @@ Moments measure_chunk(const T* x, int64_t size) {
 template <typename T, typename G>
 void update_of_chunk(const T* before, const T* after, const G* gradient, int64_t size, Partial& partial) {
   using Wide = typename Folded<T>::Wide;
-  using WideG = typename Folded<G>::Wide;
-  typename Folded<T>::Fold fold;
-  JointFold joint;
+  typename Folded<T>::Motion motion;
   alignas(64) T difference[kBlock];
   alignas(64) Wide scratch[kBlock], cast[kBlock];
-  alignas(64) WideG gradient_scratch[kBlock];
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, size - begin));
-    for (int i = 0; i < n; ++i) difference[i] = after[begin + i] - before[begin + i];
-    const Wide* wide = Folded<T>::widen(difference, n, scratch);
-    fold.add(wide, n);
-    if (!gradient) continue;
-    const WideG* g = Folded<G>::widen(gradient + begin, n, gradient_scratch);
-    if constexpr (std::is_same_v<Wide, WideG>) {
-      joint.add(g, wide, n);
-    } else {
-      for (int i = 0; i < n; ++i) cast[i] = static_cast<Wide>(g[i]);
-      joint.add(cast, wide, n);
+    if constexpr (std::is_same_v<T, G>) {
+      if (gradient) {
+        Folded<T>::move(motion, gradient + begin, before + begin, after + begin, n);
+        continue;
+      }
     }
+    for (int i = 0; i < n; ++i) difference[i] = after[begin + i] - before[begin + i];
+    if (gradient)
+      for (int i = 0; i < n; ++i) cast[i] = static_cast<Wide>(static_cast<typename Folded<G>::Wide>(gradient[begin + i]));
+    motion.add(gradient ? cast : nullptr, Folded<T>::widen(difference, n, scratch), n);
   }
-  partial.update = fold.moments();
-  partial.joint = joint.joint();
+  partial.update = motion.moments();
+  partial.joint = motion.joint();
 }
 
 // Calls f with a null pointer of the type that `dtype` names.

@@ -2,9 +2,9 @@
 // it. No TensorFlow header.
 //
 // Sums are over the finite elements. float32 elements are summed in float32 over blocks of at most `kBlock`, spread over
-// 64 lanes (so 16 additions a lane), and blocks are folded in float64 in order: a relative error of a few 1e-7 and
-// the same bits whatever the number of threads. A block whose squares would leave float32's range is scaled by a power
-// of two, which is exact.
+// 32 lanes (so 16 additions a lane), and blocks are folded in float64 in order: a relative error of a few 1e-7 and the
+// same bits whatever the number of threads. A block whose squares would leave float32's range is scaled by a power of
+// two, which is exact.
 #pragma once
 
 #include "types.h"
@@ -13,7 +13,7 @@ namespace trainrt {
 
 constexpr int kMoments = 6;  // record.DEVICE_MOMENTS
 constexpr int kJoint = 2;    // inner product of gradient and update, elements that rounded away
-constexpr int kBlock = 1024;
+constexpr int kBlock = 512;  // of a weight, its gradient, two slots, and the next ones: they share 32 KiB of cache
 constexpr int64_t kChunk = 16384;  // elements of one task: fixed, so that sums do not depend on the number of threads
 
 struct Moments {

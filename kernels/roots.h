@@ -12,9 +12,12 @@
 namespace trainrt {
 
 // roots: `size` numbers; each becomes its reciprocal square root.
+#if defined(__x86_64__)
+__attribute__((target("avx")))  // TensorFlow itself asks for AVX, whatever this is compiled for
+#endif
 inline void reciprocal_roots(float* x, int size) {
   int i = 0;
-#if defined(__AVX__)
+#if defined(__x86_64__)
   const __m256 half = _mm256_set1_ps(-0.5f), one = _mm256_set1_ps(-1.0f);
   for (; i + 8 <= size; i += 8) {
     const __m256 y = _mm256_loadu_ps(x + i), guess = _mm256_rsqrt_ps(y);
@@ -34,7 +37,7 @@ inline void reciprocal_roots(double* x, int size) {
 template <typename T>
 inline void reciprocal_roots(T* x, int size) {
   int i = 0;
-#if defined(__AVX__)
+#if defined(__x86_64__)
   for (; i + 8 <= size; i += 8) {
     float wide[8];
     for (int j = 0; j < 8; ++j) wide[j] = static_cast<float>(x[i + j]);

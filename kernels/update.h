@@ -47,6 +47,16 @@ struct HasRoot : std::false_type {};
 template <typename R>
 struct HasRoot<R, std::void_t<decltype(R::template radicand<float>)>> : std::true_type {};
 
+// Macros, because the compiler forgets `__restrict` inside a lambda and then does not vectorise.
+#define TRAINRT_LOAD_SLOTS                          \
+  if constexpr (R::kSlots > 0) q[0] = slot0[i];     \
+  if constexpr (R::kSlots > 1) q[1] = slot1[i];     \
+  if constexpr (R::kSlots > 2) q[2] = slot2[i];
+#define TRAINRT_STORE_SLOTS                         \
+  if constexpr (R::kSlots > 0) slot0[i] = q[0];     \
+  if constexpr (R::kSlots > 1) slot1[i] = q[1];     \
+  if constexpr (R::kSlots > 2) slot2[i] = q[2];
+
 // The rule over one block: the only code there is for each rule and dtype.
 template <typename R, typename T, bool kGraph>
 void step_block(const void* scalars, int size, const void* gradient_data, void* weight_data, void* const* slots) {
@@ -57,49 +67,39 @@ void step_block(const void* scalars, int size, const void* gradient_data, void* 
   T* __restrict slot0 = static_cast<T*>(slots[0]);
   T* __restrict slot1 = static_cast<T*>(slots[1]);
   T* __restrict slot2 = static_cast<T*>(slots[2]);
-  const auto load = [&](int i, T* q) {
-    if (R::kSlots > 0) q[0] = slot0[i];
-    if (R::kSlots > 1) q[1] = slot1[i];
-    if (R::kSlots > 2) q[2] = slot2[i];
-  };
-  const auto store = [&](int i, const T* q) {
-    if (R::kSlots > 0) slot0[i] = q[0];
-    if (R::kSlots > 1) slot1[i] = q[1];
-    if (R::kSlots > 2) slot2[i] = q[2];
-  };
   if constexpr (HasRoot<R>::value) {
     alignas(64) T roots[kBlock];
-#pragma omp simd
     for (int i = 0; i < size; ++i) {
       T q[kMaxSlots];
-      load(i, q);
+      TRAINRT_LOAD_SLOTS
       roots[i] = R::radicand(s, gradient[i], q);
-      store(i, q);
+      TRAINRT_STORE_SLOTS
     }
     if (kGraph) reciprocal_roots(roots, size);
-#pragma omp simd
     for (int i = 0; i < size; ++i) {
       T w = weight[i], q[kMaxSlots];
-      load(i, q);
+      TRAINRT_LOAD_SLOTS
       if constexpr (kGraph) {
         R::step(s, gradient[i], w, q, TimesReciprocal<T>{roots[i]});
       } else {
         R::step(s, gradient[i], w, q, OverRootOf<T>{roots[i]});
       }
       weight[i] = w;
-      store(i, q);
+      TRAINRT_STORE_SLOTS
     }
   } else {
-#pragma omp simd
     for (int i = 0; i < size; ++i) {
       T w = weight[i], q[kMaxSlots];
-      load(i, q);
+      TRAINRT_LOAD_SLOTS
       R::step(s, gradient[i], w, q);
       weight[i] = w;
-      store(i, q);
+      TRAINRT_STORE_SLOTS
     }
   }
 }
+
+#undef TRAINRT_LOAD_SLOTS
+#undef TRAINRT_STORE_SLOTS
 
 struct Partial {
   Moments gradient, update, weight, slots[kMaxSlots];
@@ -122,10 +122,13 @@ void update_chunk(const Rule& rule, const Update& u, int index, int64_t offset, 
   const int given = rule.scalars + (one.decay == Decay::kNone ? 0 : kDecayScalars);
   for (int i = 0; i < given; ++i) scalars[i] = *static_cast<const T*>(u.scalars[i]);
 
-  Fold of_gradient, of_update, of_weight, of_slot[kMaxSlots];
-  JointFold joint;
+  Fold of_gradient, of_weight, of_slot[kMaxSlots];
+  typename Folded<T>::Motion motion;
   alignas(64) T prepared[kBlock], before[kBlock];
-  alignas(64) Wide scratch[kBlock], wide_gradient[kBlock];
+  alignas(64) Wide scratch[kBlock];
+  const auto measure = [&](Fold& fold, const T* x, int n, int ahead) {
+    fold.add(Folded<T>::widen(x, n, scratch), n, reinterpret_cast<const Wide*>(x + ahead));
+  };
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, size - begin));
     T* w = weight + begin;
@@ -142,28 +145,24 @@ void update_chunk(const Rule& rule, const Update& u, int index, int64_t offset, 
         g = prepared;
       }
       if (u.observe) __builtin_memcpy(before, w, n * sizeof(T));
-      decay(one.decay, scalars + rule.scalars, n, w);
+      if (one.decay != Decay::kNone) decay(one.decay, scalars + rule.scalars, n, w);
       step(scalars, n, g, w, q);
     }
     if (!u.observe) continue;
     if (gradient) {
-      for (int i = 0; i < n; ++i) before[i] = w[i] - before[i];
-      const Wide* difference = Folded<T>::widen(before, n, scratch);
-      const Wide* raw = Folded<T>::widen(gradient + begin, n, wide_gradient);
-      if (u.gradient_moments) of_gradient.add(raw, n);
-      of_update.add(difference, n);
-      joint.add(raw, difference, n);
+      Folded<T>::move(motion, gradient + begin, before, w, n);
+      if (u.gradient_moments) measure(of_gradient, gradient + begin, n, 0);
     }
-    of_weight.add(Folded<T>::widen(w, n, scratch), n);
-    for (int k = 0; k < rule.slots; ++k) of_slot[k].add(Folded<T>::widen(slots[k] + begin, n, scratch), n);
+    measure(of_weight, w, n, kAhead);
+    for (int k = 0; k < rule.slots; ++k) measure(of_slot[k], slots[k] + begin, n, kAhead);
   }
   if (!u.observe) return;
   partial.weight = of_weight.moments();
   for (int k = 0; k < rule.slots; ++k) partial.slots[k] = of_slot[k].moments();
   if (gradient) {
     partial.gradient = of_gradient.moments();
-    partial.update = of_update.moments();
-    partial.joint = joint.joint();
+    partial.update = motion.moments();
+    partial.joint = motion.joint();
   } else {  // did not move
     partial.update = Moments();
     partial.update.count = partial.update.zeros = size;

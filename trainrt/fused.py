@@ -13,6 +13,8 @@ right: `optimizer.apply`, then `native.measure_update`.
 from __future__ import annotations
 
 import dataclasses
+import math
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +26,10 @@ from trainrt import matched, native
 
 DECAY_NONE, DECAY_MERGED, DECAY_IN_TURN = range(3)
 """As `Decay` in `kernels/kernels.h`."""
+
+GRAPPLER = ("arithmetic_optimization", "constant_folding", "remapping", "disable_meta_optimizer")
+OFF = ("disable_meta_optimizer",)
+"""Options of TensorFlow's graph optimizer that change bits, and those of them that are off as it comes."""
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -163,6 +169,13 @@ RULES: dict[type, Callable[[Any], Rule]] = {
 """The optimizers that have a fused update; subclasses have none."""
 
 
+ROOTS = (keras.optimizers.RMSprop, keras.optimizers.Adagrad, keras.optimizers.Adadelta)
+"""Those that divide by a square root, which a graph computes by an estimate of the processor: `kernels/roots.h`."""
+
+MULTIPLIES_GRADIENT = (keras.optimizers.RMSprop, keras.optimizers.Lion)
+"""Those that multiply the gradient by a constant."""
+
+
 def plan(
     optimizer: keras.optimizers.Optimizer,
     variables: Sequence,
@@ -203,9 +216,15 @@ def _refusal(optimizer, variables: list, jit_compile: bool) -> str | None:
     for option in ("use_ema", "gradient_accumulation_steps"):
         if getattr(optimizer, option):
             return f"{kind.__name__} with {option}"
-    if optimizer.loss_scale_factor is not None and kind in (keras.optimizers.RMSprop, keras.optimizers.Lion):
-        # Grappler merges the division with the constants that these multiply by.
-        return f"{kind.__name__} with loss_scale_factor"
+    if (factor := optimizer.loss_scale_factor) is not None and (
+        kind in MULTIPLIES_GRADIENT or math.frexp(factor)[0] != 0.5
+    ):
+        # Grappler divides by the constant by multiplying with its inverse, and merges that with other constants.
+        return f"{kind.__name__} with loss_scale_factor={factor}"
+    if any(tf.config.optimizer.get_experimental_options().get(k, k not in OFF) != (k not in OFF) for k in GRAPPLER):
+        return "TensorFlow's graph optimizer is not as it comes"
+    if platform.machine() not in ("x86_64", "AMD64") and kind in ROOTS:
+        return f"{kind.__name__} on {platform.machine()} was not matched"
     rate = optimizer._learning_rate
     if not isinstance(rate, (keras.Variable, keras.optimizers.schedules.LearningRateSchedule)):
         return f"{kind.__name__} whose learning rate is a function"
@@ -268,6 +287,7 @@ class Fused:
         self.variables = variables
         self.rule = RULES[type(optimizer)](optimizer)
 
+    @tf.autograph.experimental.do_not_convert
     def apply(
         self,
         gradients: Sequence[tf.Tensor | None],

@@ -39,9 +39,11 @@ import tensorflow as tf
 from trainrt import record
 
 _LOST = "Statistics and updates run on TensorFlow's own ops, right but slower."
-_UNITS = ("bind.cc", "cpu.cc")
-_ARITHMETIC = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd")
-_ALWAYS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-w")
+_ARITHMETIC = ("-O3", "-fno-math-errno", "-fno-trapping-math")
+_UNITS = {"bind.cc": ("-O1",), "cpu.cc": ("-ffp-contract=off",), "blocks.cc": ("-ffp-contract=fast",)}
+"""Each unit's own flags. Updates round after every operation, as TensorFlow's ops do; folds need not."""
+
+_ALWAYS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-w", "-Wno-psabi")
 _COMPILE_LIMIT_S = 600
 
 
@@ -109,6 +111,7 @@ def key(target: str = "native") -> str:
         tf.version.GIT_VERSION,
         *(f for f in tf.sysconfig.get_compile_flags() if not f.startswith("-I")),
         *_flags(target),
+        repr(_UNITS),
         platform.machine(),
         processor() if target == "native" else "",
     ):
@@ -190,6 +193,7 @@ def status() -> Status:
     return _status(path, False, reason, compiler)
 
 
+@tf.autograph.experimental.do_not_convert
 def measure(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     """Reduces each tensor to its moments, in one op and a fixed order.
 
@@ -204,6 +208,7 @@ def measure(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     return _ops().trainrt_measure(tensors=list(tensors))
 
 
+@tf.autograph.experimental.do_not_convert
 def measure_update(
     before: Sequence[tf.Tensor], after: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor | None]
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -225,6 +230,7 @@ def measure_update(
     return tuple(_ops().trainrt_measure_update(before=list(before), after=list(after), gradients=known))
 
 
+@tf.autograph.experimental.do_not_convert
 def update(**arguments: Any) -> Any:
     """The op `TrainrtUpdate`, as `fused.py` calls it; `kernels/bind.cc` says what it takes."""
     slots = arguments["slots"]
@@ -375,8 +381,8 @@ def _compile(compiler: _Compiler, target: str, scratch: Path) -> Path:
             raise BuildError(f"{compiler.path} failed: {_one_line(str(error))}. {_LOST} Set CXX.") from error
 
     def compile_unit(unit: str) -> str:
-        flags = (*tf.sysconfig.get_compile_flags(), "-O1") if unit == "bind.cc" else _flags(target)
-        run(*flags, *_ALWAYS, "-c", os.fspath(sources() / unit), "-o", f"{unit}.o")
+        flags = tf.sysconfig.get_compile_flags() if unit == "bind.cc" else _flags(target)
+        run(*flags, *_ALWAYS, *_UNITS[unit], "-c", os.fspath(sources() / unit), "-o", f"{unit}.o")
         return f"{unit}.o"
 
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -1,0 +1,198 @@
+"""The fused update against Keras's own, and both against the machine's memory.
+
+    python -m benchmarks.kernels [--quick]
+
+Each row compares what runs side by side, in turn, and prints medians:
+
+  keras    `optimizer.apply` in a `tf.function`, nothing measured
+  fused    the gradient's moments, a global-norm clip from them, then one pass that clips, updates and measures
+  plain    the fused update alone
+  generic  `optimizer.apply`, and everything measured around it
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainrt import fused, native
+
+MODELS = {
+    "tiny, 26 k in 6": [(64, 128), (128,), (128, 128), (128,), (128, 10), (10,)],
+    "1 M in 64": [(128, 128)] * 64,
+    "4 M": [(1024, 1024)] * 4 + [(1024,)] * 4,
+    "20 M": [(2048, 2048)] * 4 + [(2048, 1600)] + [(2048,)] * 5,
+}
+
+STREAM = """
+#include <thread>
+#include <vector>
+extern "C" void stream(float* a, float* b, float* c, long n, int threads) {
+  std::vector<std::thread> pool;
+  for (int t = 0; t < threads; ++t) pool.emplace_back([=] {
+    for (long i = n * t / threads; i < n * (t + 1) / threads; ++i) {
+      a[i] += 1.0f; b[i] += 1.0f; c[i] += 1.0f;
+    }
+  });
+  for (auto& thread : pool) thread.join();
+}
+"""
+
+
+def gradients_of(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [tf.constant(rng.standard_normal(s).astype("float32") * 0.01) for s in shapes]
+
+
+def setup(shapes, make):
+    rng = np.random.default_rng(1)
+    variables = [keras.Variable(rng.standard_normal(s).astype("float32")) for s in shapes]
+    optimizer = make()
+    optimizer.build(variables)
+    return optimizer, variables
+
+
+def repeated(body, count):
+    """A graph that runs `body` `count` times, one after the other, as a chunk of training steps would."""
+
+    @tf.function
+    def run():
+        i = tf.constant(0)
+        while i < count:
+            body()
+            i += 1
+
+    return run
+
+
+def keras_apply(shapes, make):
+    optimizer, variables = setup(shapes, make)
+    gradients = gradients_of(shapes)
+    return lambda: optimizer.apply(gradients, variables)
+
+
+def plain(shapes, make):
+    optimizer, variables = setup(shapes, make)
+    gradients = gradients_of(shapes)
+    update = fused.plan(optimizer, variables)
+    return lambda: update.apply(gradients, observe=False)
+
+
+def observed(shapes, make, clip=True):
+    optimizer, variables = setup(shapes, make)
+    gradients = gradients_of(shapes)
+    update = fused.plan(optimizer, variables)
+    sink = [tf.Variable(tf.zeros([len(shapes), 6], tf.float64)) for _ in range(3 + len(update.rule.slots))]
+
+    def body():
+        scale = None
+        if clip:
+            measured = native.measure(gradients)
+            norm = tf.sqrt(tf.reduce_sum(measured[:, 2]))
+            scale = tf.fill([len(shapes)], tf.cast(1.0 / tf.maximum(norm, 1.0), tf.float32))
+        seen = update.apply(gradients, scale, True, gradient_moments=not clip)
+        rows = [measured if clip else seen.gradient, seen.update, seen.weight, *seen.slots.values()]
+        for variable, value in zip(sink, rows, strict=True):
+            variable.assign(value)
+
+    return body
+
+
+def generic(shapes, make):
+    optimizer, variables = setup(shapes, make)
+    gradients = gradients_of(shapes)
+    slots = [s.value for s in optimizer.variables if s.dtype == "float32" and s.shape]
+    sink = tf.Variable(tf.zeros([], tf.float64))
+
+    def body():
+        before = [tf.identity(v.value) for v in variables]
+        optimizer.apply(gradients, variables)
+        after = [tf.identity(v.value) for v in variables]
+        update, joint = native.measure_update(before, after, gradients)
+        rest = native.measure([*gradients, *after, *slots])
+        sink.assign(tf.reduce_sum(update) + tf.reduce_sum(joint) + tf.reduce_sum(rest))
+
+    return body
+
+
+def medians(bodies, count, rounds):
+    """Name -> median seconds of one execution of each body, all measured in turn."""
+    runs = {name: repeated(body, count) for name, body in bodies.items()}
+    times = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - begin) / count)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def stream_bandwidth(size=20_000_000, rounds=9):
+    """Bytes a second of three arrays read and written in place, on all cores."""
+    compiler = native._compiler()
+    with tempfile.TemporaryDirectory() as scratch:
+        source, library = Path(scratch) / "stream.cc", Path(scratch) / "stream.so"
+        source.write_text(STREAM)
+        flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
+        subprocess.run([compiler.path, *flags, str(source), "-o", str(library)], check=True)
+        stream = ctypes.CDLL(str(library)).stream
+        arrays = [np.zeros(size, "float32") for _ in range(3)]
+        pointers = [ctypes.c_void_p(a.ctypes.data) for a in arrays]
+        times = []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            stream(*pointers, ctypes.c_long(size), tf.config.threading.get_intra_op_parallelism_threads() or _cores())
+            times.append(time.perf_counter() - begin)
+    return 24 * size / statistics.median(times)
+
+
+def _cores():
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--quick", action="store_true", help="fewer rounds, no 20 M")
+    quick = arguments.parse_args().quick
+    if native.load() is None:
+        raise SystemExit(native.status().reason)
+    make = lambda: keras.optimizers.Adam(1e-3)  # noqa: E731
+    stream = stream_bandwidth()
+    print(f"stream, 3 reads and 3 writes in place: {stream / 1e9:.1f} GB/s")
+    print(f"{'Adam':18} {'keras ms':>10} {'plain':>7} {'fused':>7} {'fused+clip':>10} {'generic':>8} {'GB/s':>6} {'of stream':>9}")
+    for name, shapes in MODELS.items():
+        parameters = sum(int(np.prod(s)) for s in shapes)
+        if quick and parameters > 10_000_000:
+            continue
+        count = max(2, min(200, 20_000_000 // parameters))
+        bodies = {
+            "keras": keras_apply(shapes, make),
+            "plain": plain(shapes, make),
+            "fused": observed(shapes, make, clip=False),
+            "fused+clip": observed(shapes, make),
+            "generic": generic(shapes, make),
+        }
+        m = medians(bodies, count, 7 if quick else 15)
+        rate = 28 * parameters / m["fused"]
+        print(
+            f"{name:18} {m['keras'] * 1e3:10.3f} {m['plain'] / m['keras']:7.3f} {m['fused'] / m['keras']:7.3f} "
+            f"{m['fused+clip'] / m['keras']:10.3f} {m['generic'] / m['keras']:8.3f} {rate / 1e9:6.1f} {rate / stream:9.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
