@@ -1,0 +1,167 @@
+"""The folds of `kernels/`, against float64 numpy."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainrt import native
+from trainrt.record import DEVICE_MOMENTS, Moments
+
+pytestmark = pytest.mark.skipif(native.load() is None, reason=str(native.status().reason))
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+SIZES = (0, 1, 2, 15, 16, 17, 31, 32, 33, 511, 512, 513, 1000, 16383, 16384, 16385, 70001)
+ABSOLUTE = {"sum"}
+"""Columns whose terms cancel: their error is relative to the sum of magnitudes."""
+
+
+def check(row, tensor):
+    """One row of moments against its twin: sums to 1e-6, counts and the maximum exactly."""
+    values = tensor.numpy().astype(np.float64).reshape(-1)
+    twin = Moments.of(values).array[: len(DEVICE_MOMENTS)]
+    finite = values[np.isfinite(values)]
+    for name, got, want in zip(DEVICE_MOMENTS, row, twin, strict=True):
+        if name in ("sum", "sumsq"):
+            size = np.abs(finite).sum() if name in ABSOLUTE else want
+            assert abs(got - want) <= 1e-6 * size, (name, got, want)
+        else:
+            assert got == want, (name, got, want)
+
+
+def tensor_of(values, dtype):
+    if dtype == "float64":
+        return tf.constant(values, tf.float64)
+    with np.errstate(over="ignore"):
+        narrow = np.asarray(values, np.float32)
+    return tf.constant(narrow) if dtype == "float32" else tf.cast(tf.constant(narrow), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moments_are_those_of_float64_at_every_size(dtype):
+    rng = np.random.default_rng(0)
+    tensors = [tensor_of(rng.standard_normal(size) * 3 + 1, dtype) for size in SIZES]
+    rows = native.measure(tensors).numpy()
+    for row, tensor in zip(rows, tensors, strict=True):
+        check(row, tensor)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.integers(1, 3000),
+    exponent=st.integers(-45, 38),
+    spread=st.integers(0, 30),
+    zeros=st.sampled_from([0.0, 0.3, 1.0]),
+    bad=st.integers(0, 3),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_moments_hold_over_the_whole_range_of_the_dtype(size, exponent, spread, zeros, bad, dtype, seed):
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(size) * 10.0 ** (exponent - rng.integers(0, spread + 1, size))
+    values[rng.random(size) < zeros] = 0
+    for what in (np.inf, -np.inf, np.nan)[:bad]:
+        values[rng.integers(size)] = what
+    tensor = tensor_of(values, dtype)
+    check(native.measure([tensor]).numpy()[0], tensor)
+
+
+def test_moments_hold_where_tensorflow_flushes_subnormals():
+    rng = np.random.default_rng(0)
+    tensor = tf.constant((rng.standard_normal(5000) * 1e-41).astype("float32"))
+    check(tf.function(native.measure)([tensor]).numpy()[0], tensor)
+
+
+def test_a_tensor_of_one_value_is_summed_as_well_as_any():
+    for value in (0.1, 1 / 3, 1e-7, 12345.678):
+        tensor = tf.fill([100_000], tf.constant(value, tf.float32))
+        check(native.measure([tensor]).numpy()[0], tensor)
+
+
+def test_tensors_of_several_dtypes_are_measured_in_one_op():
+    rng = np.random.default_rng(0)
+    tensors = [tensor_of(rng.standard_normal(100 + i), dtype) for i, dtype in enumerate(DTYPES)]
+    graph = tf.function(native.measure).get_concrete_function(tensors).graph
+    assert [op.type for op in graph.get_operations()].count("TrainrtMeasure") == 1
+    for row, tensor in zip(native.measure(tensors).numpy(), tensors, strict=True):
+        check(row, tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e-30])
+def test_an_update_is_the_rounded_difference(dtype, scale):
+    rng = np.random.default_rng(0)
+    before = [tensor_of(rng.standard_normal(size) * scale, dtype) for size in SIZES]
+    steps = [rng.standard_normal(size) * rng.choice([0, 1e-3, 1e-12], size) * scale for size in SIZES]
+    after = [b + tensor_of(step, dtype) for b, step in zip(before, steps, strict=True)]
+    gradients = [tensor_of(rng.standard_normal(size) * rng.choice([0, 1], size), dtype) for size in SIZES]
+    update, joint = native.measure_update(before, after, gradients)
+    for i, (a, b, g) in enumerate(zip(after, before, gradients, strict=True)):
+        difference = a - b
+        check(update[i].numpy(), difference)
+        g64, u64 = (x.numpy().astype(np.float64) for x in (g, difference))
+        if SIZES[i] == 0:
+            continue
+        assert abs(joint[i, 0] - (g64 * u64).sum()) <= 1e-6 * np.abs(g64 * u64).sum()
+        assert joint[i, 1] == ((g64 != 0) & (u64 == 0)).sum()
+
+
+def test_a_missing_gradient_is_not_measured_and_its_update_is():
+    before, after = tf.zeros([700]), tf.ones([700])
+    update, joint = native.measure_update([before], [after], [None])
+    check(update[0].numpy(), after - before)
+    assert np.isnan(joint.numpy()).all()
+
+
+def test_a_gradient_that_is_nan_makes_the_inner_product_nan():
+    gradient = tf.constant([1.0] * 511 + [np.nan])
+    _, joint = native.measure_update([tf.zeros([512])], [tf.ones([512])], [gradient])
+    assert np.isnan(joint[0, 0])
+    assert joint[0, 1] == 0
+
+
+def test_a_gradient_of_another_dtype_than_its_weight_is_measured():
+    rng = np.random.default_rng(0)
+    before, step = (tf.constant(rng.standard_normal(3000).astype("float32")) for _ in range(2))
+    gradient = tf.cast(tf.constant(rng.standard_normal(3000)), tf.bfloat16)
+    _, joint = native.measure_update([before], [before + step], [gradient])
+    product = gradient.numpy().astype(np.float64) * (before + step - before).numpy().astype(np.float64)
+    assert abs(joint[0, 0] - product.sum()) <= 1e-6 * np.abs(product).sum()
+
+
+def test_weights_of_different_sizes_are_refused():
+    with pytest.raises(tf.errors.InvalidArgumentError, match="3 elements before and 4 after"):
+        native.measure_update([tf.zeros([3])], [tf.zeros([4])], [None])
+
+
+THREADS = """
+import sys
+import numpy as np, tensorflow as tf
+tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
+from trainrt import native
+rng = np.random.default_rng(0)
+x = [tf.constant(rng.standard_normal(n).astype("float32") * 10.0 ** k) for n, k in ((300_001, 0), (99, -30), (200_000, 9))]
+rows = native.measure(x)
+update, joint = native.measure_update(x, [a * 1.001 for a in x], x)
+print(b"".join(t.numpy().tobytes() for t in (rows, update, joint)).hex())
+"""
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads():
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", THREADS, str(threads)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        ).stdout
+        for threads in (1, 2, 5)
+    ]
+    assert runs[0]
+    assert runs[0] == runs[1] == runs[2]
