@@ -86,13 +86,13 @@ def check_trainable(model: keras.Model, request: Request) -> None:
     Keras warns and evaluates its loss over and over. That stays so when nothing of trainrt's own was asked for.
 
     Raises:
-      ValueError: No trainable weights, and a record or a clip was asked for, or layers are frozen one by one.
+      ValueError: No trainable weights, and a record or a clip was asked for.
     """
     if model.trainable_weights or not doors.has_keras_train_step(model):
         return
     frozen = [layer.name for layer in getattr(model, "layers", ()) if layer.weights and not layer.trainable]
     asked = request.logdir is not None or request.clip is not None or request.sinks
-    if asked or (frozen and model.trainable):
+    if asked:
         which = f" Frozen layers: {', '.join(frozen[:5])}." if frozen else ""
         raise ValueError(
             f"The model {model.name!r} has no trainable weights, so there is nothing to fit.{which} "

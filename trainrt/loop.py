@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
@@ -198,6 +199,8 @@ class _Training:
             executions = self._executions(place, per)
             count = self._run(place, executions * per)
             ran = math.ceil(count / per)
+            if ran < executions:
+                self._overrun(place.iterator)
             if ran:
                 callbacks.on_train_batch_end(place.begin + ran * per - 1, self._logs)
                 if model.stop_training:
@@ -212,6 +215,20 @@ class _Training:
                 f"Received: x={environment.described(self._given['x'])}."
             )
         return doors.epoch_logs(model, self._logs)
+
+    def _overrun(self, iterator) -> None:
+        """Runs Keras's own step once into the end of the data, as Keras does when it does not know where that is.
+
+        The step fails for want of a batch, but what does not depend on one has happened by then: `optimizer.iterations`
+        is one higher, seeds have moved on, weights have decayed once more (seen in Keras 3.12 to 3.15). Whoever wants the
+        same bits needs the same step too much.
+        """
+        model = self._model
+        if self._step is None or model.run_eagerly or model.steps_per_execution > 1:
+            return
+        if model.distribute_strategy.num_replicas_in_sync == 1:
+            with contextlib.suppress(StopIteration, tf.errors.OutOfRangeError):
+                model.train_function(iterator)
 
     def _executions(self, place: Execution, per: int) -> int:
         """How many executions to run before Python is needed again."""
@@ -265,7 +282,7 @@ class _Training:
         if unseen and self._request.every:
             warnings.warn(
                 f"trainrt does not observe this run, it only trains it: {unseen}. No gradients or updates are recorded.",
-                stacklevel=4,
+                stacklevel=5,
             )
         roster = self._step.roster if self._step else None
         passport = environment.passport(self._model, self._given)

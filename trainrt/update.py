@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainrt import clip, doors, fused, moments
+from trainrt import clip, doors, fused, moments, taps
 from trainrt.clip import Clip
 from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, UPDATE, WEIGHT, Parameter, Roster, unique
 
@@ -83,7 +83,7 @@ class Observer:
         def watched(*args, **kwargs):
             terms.clear()
             loss = compute_loss(*args, **kwargs)
-            self._losses = doors.loss_parts(model, loss, terms)
+            self._losses = doors.loss_parts(model, taps.tap(loss), [taps.tap(term) for term in terms])
             return loss
 
         with _replaced(model, "compute_loss", watched), doors.additional_losses(model, terms):
@@ -106,6 +106,8 @@ class Observer:
         variables = list(trainable_variables) if given else doors.trained_variables(optimizer)
         kernels = self._kernels and not any("GPU" in doors.raw(v).device for v in variables)
         way = fused.plan(optimizer, variables, gradients) if kernels else "the native kernels are not used here"
+        if not isinstance(way, str) and type(optimizer) is keras.optimizers.SGD and any(map(taps.is_regrouped, gradients)):
+            way = "TensorFlow folds the learning rate of SGD into a gradient"
         self.paths[optimizer.name] = way if isinstance(way, str) else "fused"
         loss_scale = _loss_scale(optimizer)
         learning_rate = _learning_rate(optimizer) if self._measuring else None
@@ -290,7 +292,7 @@ def _dense(gradient, variable) -> tf.Tensor | None:
     """The gradient as a dense tensor of the weight's shape: rows of a sparse one that have the same index are summed."""
     if isinstance(gradient, tf.IndexedSlices):
         gradient = tf.math.unsorted_segment_sum(gradient.values, gradient.indices, variable.shape[0])
-    return None if gradient is None else tf.reshape(gradient, variable.shape)
+    return None if gradient is None else tf.reshape(taps.tap(gradient), variable.shape)
 
 
 def _scaled(gradient, scale: tf.Tensor):

@@ -1,0 +1,26 @@
+"""Quiet TensorFlow, no GPU unless asked for, and every test from the same seeds."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+import pytest
+
+
+@pytest.fixture
+def digits():
+    """64 of the real digits, to train on in a moment: x [64, 8, 8, 1], y [64]."""
+    from trainrt import digits
+
+    (x, y), _ = digits.load()
+    return x[:64], y[:64]
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("-m"):
+        return
+    skip = pytest.mark.skip(reason="takes minutes: pytest -m slow")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,106 @@
+"""Imports point down only, and reading a record never loads TensorFlow."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "trainrt"
+
+FLOORS = (
+    {"record", "digits"},
+    {"statistics", "events", "synthetic", "digest"},
+    {"run", "doors", "native", "clip", "taps", "matched"},
+    {"findings", "moments"},
+    {"fused"},
+    {"update"},
+    {"sinks", "step", "batches", "environment", "hooks", "audit"},
+    {"recorder", "arguments"},
+    {"ending"},
+    {"loop"},
+    {"report_html", "demo"},
+    {"cli", "plugin"},
+    {"__main__"},
+)
+READING = {"record", "statistics", "events", "synthetic", "digest", "run", "findings", "plugin", "report_html", "digits"}
+LAZY = "__init__"
+
+
+def _unit(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _modules():
+    return [p for p in PACKAGE.rglob("*.py") if "_kernels" not in p.parts and p != PACKAGE / "__init__.py"]
+
+
+def _floor(unit: str) -> int:
+    return next(i for i, floor in enumerate(FLOORS) if unit in floor)
+
+
+def _imports(path: Path) -> set[str]:
+    """The units of trainrt, and other top-level packages, that a file imports anywhere in it."""
+    found = set()
+    tree = ast.parse(path.read_text())
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names = [node.module]
+            if node.module == "trainrt":
+                names = [f"trainrt.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            found.add(parts[1] if parts[0] == "trainrt" and len(parts) > 1 else parts[0])
+    return found
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_import_points_down(path):
+    here = _floor(_unit(path))
+    units = {unit for floor in FLOORS for unit in floor}
+    above = {u for u in _imports(path) & units if u != _unit(path) and _floor(u) >= here}
+    assert not above, f"{_unit(path)} is on floor {here} and imports {above}"
+
+
+@pytest.mark.parametrize("path", [p for p in _modules() if _unit(p) in READING], ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_reading_wing_names_no_tensorflow(path):
+    assert not _imports(path) & {"tensorflow", "keras"}
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_doors_and_what_was_matched_know_private_names_of_keras(path):
+    if _unit(path) in ("doors", "fused", "matched"):
+        return
+    assert "keras.src" not in path.read_text()
+
+
+def _modules_after(code: str) -> set[str]:
+    out = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return set(out.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import trainrt",
+        "import trainrt.run",
+        "from trainrt import Run, Finding, diagnose",
+        "import trainrt.cli",
+        "import trainrt; trainrt.Run.synthetic(steps=3)",
+    ],
+)
+def test_reading_leaves_tensorflow_out(code):
+    assert not {"tensorflow", "keras"} & _modules_after(code)
+
+
+def test_importing_trainrt_alone_imports_nothing_else_of_weight():
+    assert not {"numpy", "tensorboard", "google.protobuf"} & _modules_after("import trainrt")

@@ -1,0 +1,283 @@
+"""What is observed is what happened: against NumPy, for any optimizer, however the step hands over its gradients."""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import trainrt
+from trainrt.record import Moments
+
+
+def _optimizers():
+    """Every optimizer of Keras that makes itself from its defaults."""
+    skipped = {"Optimizer", "LossScaleOptimizer", "MultiOptimizer"}
+    for name, kind in inspect.getmembers(keras.optimizers, inspect.isclass):
+        if name not in skipped and issubclass(kind, keras.optimizers.Optimizer):
+            yield pytest.param(kind, id=name)
+
+
+class Twin(keras.callbacks.Callback):
+    """Snapshots every variable after each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights, self.slots = [], []
+
+    def on_train_begin(self, logs=None):
+        self.weights.append([v.numpy() for v in self.model.trainable_variables])
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.weights.append([v.numpy() for v in self.model.trainable_variables])
+        self.slots.append({v.path.rpartition("/")[2]: v.numpy() for v in self.model.optimizer.variables})
+
+
+def _model(optimizer, **compiled):
+    keras.utils.set_random_seed(3)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, "tanh", name="hidden"), keras.layers.Dense(1, name="out")])
+    model.compile(optimizer, "mse", **compiled)
+    return model
+
+
+def _data(rows=48):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, 4)).astype("float32")
+    return x, (x.sum(1, keepdims=True) > 0).astype("float32")
+
+
+def _close(got: Moments, tensor: np.ndarray, rtol=2e-6):
+    want = Moments.of(tensor)
+    for name in ("count", "zeros", "nonfinite"):
+        assert getattr(got, name) == getattr(want, name), name
+    for name in ("rms", "absmax"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=rtol, err_msg=name)
+    np.testing.assert_allclose(got.mean, want.mean, rtol=1e-4, atol=1e-6 * float(want.absmax), err_msg="mean")
+
+
+@pytest.mark.parametrize("kernels", ["0", "1"])
+@pytest.mark.parametrize("kind", list(_optimizers()))
+def test_updates_and_weights_are_those_of_the_variables(kind, kernels, monkeypatch):
+    monkeypatch.setenv("TRAINRT_NATIVE", kernels)
+    twin = Twin()
+    history = trainrt.fit(_model(kind()), *_data(), batch_size=16, epochs=2, verbose=0, shuffle=False, callbacks=[twin])
+    run = history.run
+    assert len(run) == 6
+    assert [p.path for p in run.roster.parameters] == [v.path for v in history.model.trainable_variables]
+    for t, (before, after) in enumerate(zip(twin.weights, twin.weights[1:])):
+        for p, (old, new) in enumerate(zip(before, after, strict=True)):
+            _close(run.moments("weight")[t, p], new)
+            _close(run.moments("update")[t, p], new - old)
+
+
+@pytest.mark.parametrize("kernels", ["0", "1"])
+@pytest.mark.parametrize("kind", list(_optimizers()))
+def test_every_slot_is_paired_with_its_weight(kind, kernels, monkeypatch):
+    monkeypatch.setenv("TRAINRT_NATIVE", kernels)
+    twin = Twin()
+    history = trainrt.fit(_model(kind()), *_data(), batch_size=16, verbose=0, shuffle=False, callbacks=[twin])
+    run, optimizer = history.run, history.model.optimizer
+    last = twin.slots[-1]
+    floating = {
+        v.path.rpartition("/")[2]: v for v in optimizer.variables if len(v.shape) and keras.backend.is_float_dtype(v.dtype)
+    }
+    seen = set()
+    for slot in run.roster.slots:
+        for p, parameter in enumerate(run.roster.parameters):
+            moments = run.moments(slot)[-1, p]
+            name = f"{parameter.path.replace('/', '_')}_{slot}"
+            if name in floating:
+                _close(moments, last[name])
+                seen.add(name)
+    unnamed = {"Adafactor", "Muon"}  # their slots carry other names; the pairs are tested by count
+    if kind.__name__ not in unnamed:
+        assert seen == set(floating)
+
+
+def test_gradients_are_those_of_the_tape_and_the_loss_is_that_of_the_step():
+    x, y = _data(16)
+    model = _model(keras.optimizers.SGD(0.1))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(tf.square(model(x) - y))
+    gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+    run = trainrt.fit(model, x, y, batch_size=16, verbose=0, shuffle=False).run
+    for p, gradient in enumerate(gradients):
+        _close(run.moments("gradient")[0, p], gradient.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(run.scalar("loss")[0], loss, rtol=1e-6)
+    norm = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in gradients))
+    np.testing.assert_allclose(run.scalar("gradient_norm")[0], norm, rtol=1e-6)
+    np.testing.assert_allclose(run.joint("gradient_update")[0].sum(), -0.1 * norm**2, rtol=1e-5)
+
+
+def test_the_recorded_loss_is_of_the_batch_and_not_the_running_mean():
+    x, y = _data(48)
+    twin = []
+
+    class Loss(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            twin.append(logs["loss"])
+
+    run = trainrt.fit(_model("sgd"), x, y, batch_size=16, verbose=0, shuffle=False, callbacks=[Loss()]).run
+    np.testing.assert_allclose(np.cumsum(run.scalar("loss")) / np.arange(1, 4), twin, rtol=1e-5)
+
+
+def test_the_loss_is_told_from_its_parts():
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((4,))
+    hidden = keras.layers.Dense(3, kernel_regularizer=keras.regularizers.L2(0.5), activity_regularizer="l1")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(1)(hidden))
+    model.compile("sgd", "mse")
+    x, y = _data(16)
+    kernel = model.layers[1].kernel.numpy()
+    data = float(np.mean((model.predict(x, verbose=0) - y) ** 2))
+    run = trainrt.fit(model, x, y, batch_size=16, verbose=0, shuffle=False).run
+    np.testing.assert_allclose(run.scalar("regularization_loss")[0], 0.5 * np.square(kernel).sum(), rtol=1e-5)
+    np.testing.assert_allclose(run.scalar("data_loss")[0], data, rtol=1e-5)
+    parts = sum(run.scalar(name)[0] for name in ("data_loss", "regularization_loss", "added_loss"))
+    np.testing.assert_allclose(run.scalar("loss")[0], parts, rtol=1e-6)
+    assert run.scalar("added_loss")[0] > 0
+
+
+@pytest.mark.parametrize("kernels", ["0", "1"])
+def test_a_clip_scales_what_the_optimizer_gets_and_says_so(kernels, monkeypatch):
+    monkeypatch.setenv("TRAINRT_NATIVE", kernels)
+    model = _model(keras.optimizers.SGD(1.0))
+    run = trainrt.fit(model, *_data(), batch_size=16, verbose=0, clip=0.01).run
+    norm = run.scalar("gradient_norm")
+    np.testing.assert_allclose(run.scalar("clipped_gradient_norm"), 0.01, rtol=1e-6)
+    np.testing.assert_allclose(run["clip_scale"], np.repeat((0.01 / norm)[:, None], 4, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(run["clip_share"], 1.0)
+    update = np.sqrt(np.square(run.moments("update").norm).sum(1))
+    np.testing.assert_allclose(update, 0.01, rtol=1e-4)
+
+
+@pytest.mark.parametrize("own", [{"clipnorm": 0.02}, {"global_clipnorm": 0.02}])
+def test_the_optimizers_own_clip_is_recorded(own):
+    run = trainrt.fit(_model(keras.optimizers.SGD(1.0, **own)), *_data(), batch_size=16, verbose=0).run
+    applied = run.moments("gradient").norm * run["clip_scale"]
+    np.testing.assert_allclose(run.moments("update").norm, applied, rtol=1e-4)
+    assert (run["clip_scale"] < 1).any()
+
+
+def test_a_loss_scale_is_divided_out():
+    plain = trainrt.fit(_model(keras.optimizers.SGD(0.1)), *_data(), batch_size=16, verbose=0, shuffle=False).run
+    for optimizer in (
+        keras.optimizers.SGD(0.1, loss_scale_factor=256.0),
+        keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=256.0),
+    ):
+        scaled = trainrt.fit(_model(optimizer), *_data(), batch_size=16, verbose=0, shuffle=False).run
+        np.testing.assert_allclose(scaled.moments("gradient").rms, plain.moments("gradient").rms, rtol=1e-5)
+        np.testing.assert_allclose(scaled.scalar("loss"), plain.scalar("loss"), rtol=1e-5)
+        assert scaled.scalar("loss_scale")[0] == 256
+
+
+def test_sparse_gradients_are_measured_as_the_dense_ones_they_stand_for():
+    keras.utils.set_random_seed(5)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Embedding(10, 4, name="words"), keras.layers.Flatten(), keras.layers.Dense(1)])
+    model.compile(keras.optimizers.SGD(1.0), "mse")
+    x = np.array([[1, 1, 2], [2, 3, 1]])
+    before = model.layers[0].embeddings.numpy()
+    run = trainrt.fit(model, x, np.ones((2, 1)), batch_size=2, verbose=0).run
+    update = model.layers[0].embeddings.numpy() - before
+    gradient = run.moments("gradient")[0, 0]
+    assert gradient.zeros == 7 * 4
+    np.testing.assert_allclose(gradient.norm, np.linalg.norm(update), rtol=1e-5)
+
+
+def test_a_weight_that_the_loss_does_not_reach_is_not_measured_rather_than_zero():
+    inputs = keras.Input((4,))
+    lost = keras.layers.Dense(2, name="lost")
+    head = keras.layers.Dense(1, name="head")
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.lost, self.head = lost, head
+
+        def call(self, x):
+            self.lost(x)
+            return self.head(x)
+
+    del inputs
+    model = Model()
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        history = trainrt.fit(model, *_data(), batch_size=16, verbose=0)
+    run = history.run
+    at = [i for i, p in enumerate(run.roster.parameters) if p.layer.endswith("lost")]
+    assert len(at) == 2
+    assert np.isnan(run.moments("gradient").rms[:, at]).all()
+    assert (run.moments("update").zero_share[:, at] == 1).all()
+    assert ("dead_update", "graph_cut") in [(f.rule, f.causes[0]) for f in history.findings]
+
+
+def test_several_optimizers_of_one_model_are_all_observed():
+    class Gan(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.generator, self.critic = keras.layers.Dense(4, name="generator"), keras.layers.Dense(1, name="critic")
+
+        def compile(self, **keywords):
+            super().compile(**keywords)
+            self.critic_optimizer = keras.optimizers.SGD(0.1, name="critic_sgd")
+
+        def train_step(self, x):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(self.critic(self.generator(x)))
+            gradients = tape.gradient(loss, self.generator.trainable_variables)
+            self.optimizer.apply(gradients, self.generator.trainable_variables)
+            for _ in range(2):
+                with tf.GradientTape() as tape:
+                    loss = -tf.reduce_mean(self.critic(self.generator(x)))
+                gradients = tape.gradient(loss, self.critic.trainable_variables)
+                self.critic_optimizer.apply(gradients, self.critic.trainable_variables)
+            return {"loss": loss}
+
+    model = Gan()
+    model.compile(optimizer=keras.optimizers.Adam(0.01))
+    run = trainrt.fit(model, _data()[0], batch_size=16, verbose=0).run
+    layers = [p.layer.rpartition("/")[2] for p in run.roster.parameters]
+    assert layers == ["generator"] * 2 + ["critic"] * 2
+    assert np.isfinite(run["update_ratio"][:, [0, 2]]).all()
+    assert (run.joint("steps")[:, 2:] == 2).all(), "two updates in one step are both counted"
+    np.testing.assert_allclose(run.scalar("learning_rate/critic_sgd"), 0.1)
+    assert np.isnan(run.moments("momentum").rms[:, 2:]).all()
+
+
+def test_a_step_that_hides_its_update_is_trained_and_said_so():
+    class Hidden(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.head = keras.layers.Dense(1)
+
+        def call(self, x):
+            return self.head(x)
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(self.head(x) - y))
+            gradients = tape.gradient(loss, self.head.trainable_variables)
+
+            def apply():
+                self.optimizer.apply(gradients, self.head.trainable_variables)
+                return True
+
+            tf.cond(loss > 0, apply, lambda: False)
+            return {"loss": loss}
+
+    def trained(fit):
+        keras.utils.set_random_seed(2)
+        model = Hidden()
+        model.compile("sgd")
+        model(_data()[0])
+        model.optimizer.build(model.trainable_variables)
+        return fit(model, *_data(), batch_size=16, verbose=0), model.get_weights()
+
+    _, want = trained(lambda model, *a, **k: model.fit(*a, **k))
+    with pytest.warns(UserWarning, match=r"does not observe this run.*tf\.cond"):
+        history, got = trained(trainrt.fit)
+    assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+    assert len(history.run) == 0
+    assert history.run.environment["observed"] is False
