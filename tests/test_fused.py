@@ -31,7 +31,10 @@ OPTIONS = [
     {"weight_decay": 0.1, "clipnorm": 0.5, "loss_scale_factor": 2.0},
     {"weight_decay": 0.1, "global_clipnorm": 0.5, "loss_scale_factor": 2.0},
 ]
-RANGE = {"float32": (-30, 30), "float64": (-30, 30), "bfloat16": (-30, 30), "float16": (-7, 4)}
+ORDINARY = 200
+"""Steps in which squares of gradients stay finite; then come the whole range of the dtype, Inf and NaN."""
+
+RANGE = {"float32": (-30, 15), "float64": (-30, 15), "bfloat16": (-30, 15), "float16": (-7, 1)}
 
 
 def weights(dtype, seed=0, shapes=SHAPES):
@@ -43,9 +46,11 @@ def weights(dtype, seed=0, shapes=SHAPES):
 
 
 def gradient(rng, shape, dtype, step):
-    """Ordinary, then huge, tiny, mostly zero, subnormal, and at last not finite."""
+    """Ordinary ones, tiny to huge ones, many zeros, subnormals; after `ORDINARY` steps up to 1e30 and not finite."""
     x = rng.standard_normal(shape) * 10.0 ** rng.uniform(-6, 1, shape)
     low, high = RANGE[dtype]
+    if step > ORDINARY:
+        high = 30
     if step % 5 == 1:
         x = rng.standard_normal(shape) * 10.0 ** rng.uniform(low, high)
     elif step % 5 == 2:
@@ -53,7 +58,7 @@ def gradient(rng, shape, dtype, step):
     elif step % 5 == 3:
         x = np.where(rng.random(shape) < 0.1, 1e-42 if low < -7 else 3e-8, x)
     x = np.asarray(x)
-    if step > 200 and step % 40 == 7 and x.size > 100:
+    if step > ORDINARY and step % 40 == 7 and x.size > 100:
         for bad in (np.inf, -np.inf, np.nan):
             x.reshape(-1)[rng.integers(x.size)] = bad
     with np.errstate(over="ignore"):
@@ -72,7 +77,7 @@ def same(a, b):
 
 
 def compare(make, dtype, steps, eager=False, shapes=SHAPES, given=lambda rng, t: None, missing=(), alter=None):
-    """Runs Keras and the fused pass side by side; returns the share of weights that are finite at the end."""
+    """Runs Keras and the fused pass side by side."""
     keras_weights, our_weights = weights(dtype, shapes=shapes), weights(dtype, shapes=shapes)
     reference, optimizer = make(), make()
     for each, its in ((reference, keras_weights), (optimizer, our_weights)):
@@ -100,22 +105,37 @@ def compare(make, dtype, steps, eager=False, shapes=SHAPES, given=lambda rng, t:
         else:
             keras_step([g * tf.cast(scale[i], dtype) for i, g in enumerate(gradients)])
         our_step(gradients, scale)
+        if t >= 10 and t % 7 and t != steps - 1:
+            continue
         for theirs, ours in zip(
             [*reference.variables, *keras_weights], [*optimizer.variables, *our_weights], strict=True
         ):
             a, b = values(theirs), values(ours)
             assert same(a, b), f"step {t}: {ours.path}: {(a != b).sum()} of {a.size} elements differ"
-    moved = [not np.array_equal(a, values(w)) for a, w in zip(start, our_weights, strict=True)]
-    assert moved == [i not in missing and np.prod(s) > 0 for i, s in enumerate(shapes)]
-    everything = np.concatenate([values(w).astype(np.float64).reshape(-1) for w in our_weights])
-    return np.isfinite(everything).mean()
+        if t <= ORDINARY:
+            everything = np.concatenate([values(w).astype(np.float64).reshape(-1) for w in our_weights])
+            assert np.isfinite(everything).mean() > 0.5, f"step {t}: this test compares NaN with NaN"
+    for i, (before, weight) in enumerate(zip(start, our_weights, strict=True)):
+        moved = not np.array_equal(before, values(weight))
+        assert moved if before.size > 100 and i not in missing else not moved or i not in missing
 
 
-@pytest.mark.parametrize("dtype", fused.DTYPES)
 @pytest.mark.parametrize(("kind", "options"), MAKERS)
-def test_a_fused_update_is_the_optimizer_bit_for_bit(kind, options, dtype):
-    finite = compare(lambda: kind(learning_rate=0.01, **options), dtype, steps=300)
-    assert finite > 0.5
+def test_a_fused_update_is_the_optimizer_bit_for_bit(kind, options):
+    compare(lambda: kind(learning_rate=0.01, **options), "float32", steps=300)
+
+
+@pytest.mark.parametrize("dtype", fused.DTYPES[1:])
+@pytest.mark.parametrize(("kind", "options"), MAKERS)
+def test_a_fused_update_is_the_optimizer_in_other_dtypes(kind, options, dtype):
+    compare(lambda: kind(learning_rate=0.01, **options), dtype, steps=25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", fused.DTYPES[1:])
+@pytest.mark.parametrize(("kind", "options"), MAKERS)
+def test_a_fused_update_is_the_optimizer_in_other_dtypes_for_long(kind, options, dtype):
+    compare(lambda: kind(learning_rate=0.01, **options), dtype, steps=300)
 
 
 @pytest.mark.parametrize("extra", OPTIONS, ids=lambda extra: "-".join(extra))
@@ -236,7 +256,8 @@ def test_what_is_observed_is_what_happened(kind, options, dtype):
             g = gradients[i].numpy()
             check(seen.gradient[i].numpy(), g)
             product = g.astype(np.float64) * difference.astype(np.float64)
-            assert abs(seen.joint[i, 0] - product.sum()) <= 1e-6 * np.abs(product).sum()
+            got, want = float(seen.joint[i, 0]), product.sum()
+            assert np.isnan(got) if np.isnan(want) else abs(got - want) <= 1e-6 * np.abs(product).sum()
             assert seen.joint[i, 1] == ((g != 0) & (difference == 0)).sum()
         assert list(seen.slots) == list(update.rule.slots)
         for name, attribute in update.rule.slots.items():
@@ -250,8 +271,7 @@ def test_observing_does_not_change_what_happens():
     for arguments in ({"observe": False}, {"observe": True}, {"observe": True, "gradient_moments": False}):
         optimizer, its = keras.optimizers.Adam(0.1), weights("float32")
         optimizer.build(its)
-        step = tf.function(lambda g, update=fused.plan(optimizer, its), a=arguments: update.apply(g, **a))
-        seen = step([tf.ones(s) for s in SHAPES])
+        seen = tf.function(fused.plan(optimizer, its).apply)([tf.ones(s) for s in SHAPES], **arguments)
         assert (seen is None) == (not arguments["observe"])
         results.append(b"".join(values(v).tobytes() for v in [*its, *optimizer.variables]))
     assert results[0] == results[1] == results[2]
@@ -268,10 +288,10 @@ def test_a_fused_update_runs_inside_a_loop_in_a_graph():
     @tf.function
     def many(apply, variables):
         for _ in tf.range(4):
-            apply([v.value * 0.5 + 1.0 for v in variables])
+            apply([v.value * 0.5 + 1.0 for v in variables()])
 
-    many(lambda g: reference.apply(g, theirs), theirs)
-    many(lambda g: update.apply(g), ours)
+    many(lambda g: reference.apply(g, theirs), lambda: theirs)
+    many(lambda g: update.apply(g), lambda: ours)
     assert all(same(values(a), values(b)) for a, b in zip(theirs, ours, strict=True))
     assert int(optimizer.iterations) == 4
 

@@ -145,7 +145,8 @@ import numpy as np, tensorflow as tf
 tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
 from trainrt import native
 rng = np.random.default_rng(0)
-x = [tf.constant(rng.standard_normal(n).astype("float32") * 10.0 ** k) for n, k in ((300_001, 0), (99, -30), (200_000, 9))]
+parts = (300_001, 0), (99, -30), (200_000, 9)
+x = [tf.constant((rng.standard_normal(n) * 10.0 ** k).astype("float32")) for n, k in parts]
 rows = native.measure(x)
 update, joint = native.measure_update(x, [a * 1.001 for a in x], x)
 print(b"".join(t.numpy().tobytes() for t in (rows, update, joint)).hex())

@@ -111,7 +111,7 @@ def key(target: str = "native") -> str:
         tf.version.GIT_VERSION,
         *(f for f in tf.sysconfig.get_compile_flags() if not f.startswith("-I")),
         *_flags(target),
-        repr(_UNITS),
+        repr((_ALWAYS, _UNITS)),
         platform.machine(),
         processor() if target == "native" else "",
     ):
