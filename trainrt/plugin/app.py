@@ -1,0 +1,151 @@
+"""The plugin: routes that answer what the page asks about a run, and nothing else.
+
+| route      | asks                                             | answer                                         |
+|------------|--------------------------------------------------|------------------------------------------------|
+| `runs`     |                                                  | names, the newest first                        |
+| `run`      | run                                              | JSON: `summary.summary`, or what is wrong      |
+| `pulse`    | run                                              | JSON: how far it has come; cheap, asked often  |
+| `map`      | run, group, statistic, first, last, columns      | planes of codes [C, R], see `wire`             |
+| `lines`    | run, group, rows, statistics, first, last, columns | float32 [C, rows] each                       |
+| `scalars`  | run, first, last, columns                        | float32 [C] each                               |
+| `compare`  | run, versus                                      | JSON: passports' difference, first divergence  |
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+from tensorboard import plugin_util
+from tensorboard.backend import http_util
+from tensorboard.plugins import base_plugin
+from werkzeug import wrappers
+
+from trainrt.plugin import answers
+from trainrt.plugin.answers import Refused
+from trainrt.plugin.sources import Files, Loaded, Source, local
+from trainrt.plugin.summary import Judge
+from trainrt.plugin.tables import Tables
+from trainrt.plugin.wire import dumps
+
+OPENED = 8
+"""Runs that stay open."""
+
+_MIME = {".js": "text/javascript", ".css": "text/css"}
+_log = logging.getLogger(__name__)
+
+
+class Opened:
+    """A run that somebody looks at."""
+
+    def __init__(self, name: str, source: Source):
+        self.name, self.source = name, source
+        self.tables = Tables(source.open(name))
+        self.judge = Judge()
+
+
+class TrainrtPlugin(base_plugin.TBPlugin):
+    """Serves the page and the answers it asks for."""
+
+    plugin_name = "trainrt"
+
+    def __init__(self, context: base_plugin.TBContext):
+        self._flags = getattr(context, "flags", None)
+        self._logdir = context.logdir
+        self._provider = context.data_provider
+        self._sources: dict[str, Source] = {}
+        self._opened: OrderedDict[tuple[str, str], Opened] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get_plugin_apps(self) -> dict[str, Callable]:
+        apps = {f"/{name}": self._static(name, data) for name, data in static_files().items()}
+        apps |= {f"/api/{name}": self._answer(function) for name, function in answers.ROUTES.items()}
+        return apps
+
+    def is_active(self) -> bool:
+        """Whether any run has a record."""
+        try:
+            return bool(self.source("").names())
+        except Exception:
+            return False
+
+    def frontend_metadata(self) -> base_plugin.FrontendMetadata:
+        return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="Training", disable_reload=True)
+
+    def source(self, experiment: str) -> Source:
+        """Where the runs of an experiment are."""
+        spec = getattr(self._flags, "logdir_spec", "")
+        if local(self._logdir, spec):
+            experiment = ""
+        if experiment not in self._sources:
+            at_hand = local(self._logdir, spec)
+            self._sources[experiment] = Files(self._logdir) if at_hand else Loaded(self._provider, experiment)
+        return self._sources[experiment]
+
+    def opened(self, experiment: str, name: str) -> Opened:
+        """A run, opened or brought up to date.
+
+        Raises:
+          Refused: There is no such run, or it cannot be read.
+        """
+        with self._lock:
+            return self._open(self.source(experiment), (experiment, name))
+
+    def _open(self, source: Source, key: tuple[str, str]) -> Opened:
+        name = key[1]
+        if name not in source.names():
+            self._opened.pop(key, None)
+            raise Refused(404, f"There is no run {name!r} here any more.")
+        try:
+            found = self._opened.get(key)
+            if found is None or source.stale(name, found.tables.run):
+                found = self._opened[key] = Opened(name, source)
+            else:
+                found.tables.refresh()
+        except (OSError, ValueError, KeyError) as error:
+            raise Refused(409, f"The record of {name!r} cannot be read: {error}") from error
+        self._opened[key] = found
+        self._opened.move_to_end(key)
+        while len(self._opened) > OPENED:
+            self._opened.popitem(last=False)
+        return found
+
+    def _static(self, name: str, data: bytes) -> Callable:
+        @wrappers.Request.application
+        def app(request):
+            return http_util.Respond(request, data, _MIME[name[name.rindex(".") :]])
+
+        return app
+
+    def _answer(self, function: Callable) -> Callable:
+        @wrappers.Request.application
+        def app(request):
+            if request.method != "GET":
+                return _refuse(request, Refused(405, "This page only reads. Ask with GET."))
+            try:
+                with np.errstate(all="ignore"):
+                    answer = function(self, plugin_util.experiment_id(request.environ), request.args)
+            except Refused as refused:
+                return _refuse(request, refused)
+            except Exception as error:
+                _log.exception("trainrt could not answer %s", request.path)
+                return _refuse(request, Refused(409, f"This could not be read: {type(error).__name__}: {error}"))
+            if isinstance(answer, bytes):
+                return http_util.Respond(request, answer, "application/octet-stream")
+            return http_util.Respond(request, dumps(answer), "application/json")
+
+        return app
+
+
+def _refuse(request, refused: Refused):
+    return http_util.Respond(request, dumps({"error": str(refused)}), "application/json", code=refused.code)
+
+
+def static_files() -> dict[str, bytes]:
+    """The page's own files, by name."""
+    folder = importlib.resources.files("trainrt.plugin") / "static"
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name.endswith(tuple(_MIME))}

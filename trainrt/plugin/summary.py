@@ -1,0 +1,156 @@
+"""A run in the words and numbers of the page's head: its verdict, its findings, its passport, what it recorded."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from trainrt.findings import diagnose
+from trainrt.plugin import tables
+from trainrt.run import Run
+
+PATIENCE = 20
+"""A run that is still written to is judged again after so many times what judging took: at most 5 % of a core."""
+
+
+class Judge:
+    """The findings of a run: those it was closed with, or what the rules say of it so far."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen = -1
+        self._findings: list[dict[str, Any]] = []
+        self._again = 0.0
+
+    def findings(self, run: Run) -> list[dict[str, Any]]:
+        if run.end is not None or not len(run):
+            return run.recorded_findings
+        with self._lock:
+            if len(run) != self._seen and time.monotonic() >= self._again:
+                begun = time.monotonic()
+                self._findings = [finding.to_dict() for finding in diagnose(run)]
+                self._seen, took = len(run), time.monotonic() - begun
+                self._again = time.monotonic() + PATIENCE * took
+            return self._findings
+
+
+def verdict(run: Run, findings: list[dict[str, Any]]) -> dict[str, str]:
+    """Health at a glance: `level` is "good", "info", "warning", "error" or "none", `title` a sentence.
+
+    >>> verdict(Run.synthetic(steps=4), [])["title"]
+    'Nothing wrong found so far'
+    """
+    if not len(run):
+        why = run.environment.get("unobserved_because")
+        return {"level": "none", "title": f"Not observed: {why}" if why else "No steps recorded yet"}
+    level = next((level for level in ("error", "warning", "info") if any(_level(f) == level for f in findings)), "good")
+    if level in ("good", "info"):
+        return {"level": level, "title": "Nothing wrong found" if run.end else "Nothing wrong found so far"}
+    first = next(f for f in findings if _level(f) == level)
+    causes = first.get("causes") or [first.get("rule", "")]
+    return {"level": level, "title": f"Likely cause: {plain(str(causes[0]))}"}
+
+
+def _level(finding: Mapping[str, Any]) -> str:
+    return str(finding.get("severity", "info"))
+
+
+_WORDS = {"lr": "learning rate", "nan": "NaN", "relu": "ReLU", "batchnorm": "batch norm", "init": "initialisation"}
+
+
+def plain(cause: str) -> str:
+    """An id of the vocabulary of causes as words.
+
+    >>> plain("lr_too_high"), plain("nan_in_data")
+    ('learning rate too high', 'NaN in data')
+    """
+    return " ".join(_WORDS.get(word, word) for word in cause.split("_"))
+
+
+def summary(name: str, run: Run, findings: list[dict[str, Any]], traced: bool = False) -> dict[str, Any]:
+    """Everything about a run but its curves, JSON-able."""
+    windows = len(run)
+    rows = {group: [_row(p) for p in tables.grouped(run, group).roster.parameters] for group in tables.GROUPS}
+    if len(rows["blocks"]) in (len(rows["layers"]), 1):
+        del rows["blocks"]
+    loss = run.scalar("loss") if windows and "loss" in run.roster.scalars else []
+    return {
+        "name": name,
+        "verdict": verdict(run, findings),
+        "findings": [_finding(f) for f in findings],
+        "windows": windows,
+        "steps": [int(run.steps[0, 0]), int(run.steps[-1, 1])] if windows else None,
+        "seconds": float(run.wall_time[-1] - run.environment["start"]) if windows and _started(run) else None,
+        "last_time": float(run.wall_time[-1]) if windows else None,
+        "loss": [float(loss[0]), float(loss[-1])] if len(loss) else None,
+        "rows": rows,
+        "elements": sum(p.size for p in run.roster.parameters),
+        "statistics": [{"name": n, "kind": tables.kind(n)} for n in run.statistics],
+        "slots": list(run.roster.slots),
+        "scalars": list(run.roster.scalars),
+        "epochs": [{"epoch": e.epoch, "step": e.step, "logs": e.logs} for e in run.epochs[-1:]],
+        "epoch_count": len(run.epochs),
+        "end": run.end,
+        "environment": run.environment,
+        "problems": run.problems,
+        "traced": traced,
+    }
+
+
+def _started(run: Run) -> bool:
+    return isinstance(run.environment.get("start"), (int, float))
+
+
+def _row(parameter) -> dict[str, Any]:
+    return {"path": parameter.path, "shape": list(parameter.shape), "dtype": parameter.dtype, "size": parameter.size}
+
+
+def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a finding that the page shows, each of the type it expects, whatever lies in the file."""
+
+    def strings(value) -> list[str]:
+        return [str(item) for item in value] if isinstance(value, list | tuple) else []
+
+    steps = finding.get("steps")
+    whole = isinstance(steps, list | tuple) and len(steps) == 2 and all(isinstance(s, int) for s in steps)
+    evidence = finding.get("evidence") if isinstance(finding.get("evidence"), Mapping) else {}
+    consequences = evidence.get("consequences", ()) if isinstance(evidence, Mapping) else ()
+    return {
+        "rule": str(finding.get("rule", "")),
+        "severity": _level(finding) if _level(finding) in ("error", "warning") else "info",
+        "confidence": finding.get("confidence") if isinstance(finding.get("confidence"), int | float) else None,
+        "causes": [plain(cause) for cause in strings(finding.get("causes"))],
+        "where": strings(finding.get("where")),
+        "steps": [int(s) for s in steps] if whole else None,
+        "message": str(finding.get("message", "")),
+        "advice": strings(finding.get("advice")),
+        "consequences": [
+            {"rule": str(c.get("rule", "")), "message": str(c.get("message", ""))}
+            for c in (consequences if isinstance(consequences, list) else ())
+            if isinstance(c, Mapping)
+        ],
+    }
+
+
+def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The lines in which two passports differ, as (where, left, right); what differs between any two runs is left out.
+
+    >>> differences({"start": 1, "fit": {"clip": 1.0}}, {"start": 2, "fit": {"clip": None}})
+    [('fit.clip', '1.0', 'None')]
+    """
+    mine, yours = dict(_flat(left)), dict(_flat(right))
+    names = [name for name in (*mine, *(n for n in yours if n not in mine)) if name.split(".")[0] not in _ALWAYS]
+    return [(n, mine.get(n, "-"), yours.get(n, "-")) for n in names if mine.get(n, "-") != yours.get(n, "-")]
+
+
+_ALWAYS = ("start", "command")
+
+
+def _flat(value: Any, name: str = ""):
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, str(value)
