@@ -15,7 +15,7 @@ inline Floats load(const float* p) {
   return v;
 }
 
-inline Ints magnitudes(const Floats& v) { return reinterpret_cast<const Ints&>(v) & 0x7fffffff; }
+inline Ints magnitudes(Floats v) { return reinterpret_cast<Ints>(v) & 0x7fffffff; }
 
 inline int32_t largest(const Ints& v) {
   int32_t lanes[kWidth];

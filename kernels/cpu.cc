@@ -1,13 +1,7 @@
 // The CPU's half of the library: everything of `kernels.h`. Compiled for this processor; knows nothing of TensorFlow.
 #include "kernels.h"
+#include "rules.h"
 #include "update.h"
-#include "updates/adagrad.h"
-#include "updates/adam.h"
-#include "updates/adamax.h"
-#include "updates/lion.h"
-#include "updates/nadam.h"
-#include "updates/rmsprop.h"
-#include "updates/sgd.h"
 
 namespace trainrt {
 namespace {
@@ -125,12 +119,9 @@ void update(const Rule& rule, Dtype dtype, const Update& what, const Parallel& p
 }
 
 static const std::vector<Rule>& rules() {
-  static const std::vector<Rule> all = {
-      rule<Sgd>(),      rule<SgdMomentum>(),     rule<SgdNesterov>(),     rule<Adam>(),
-      rule<AdamAmsgrad>(), rule<Rmsprop>(),      rule<RmspropMomentum>(), rule<RmspropCentered>(),
-      rule<RmspropCenteredMomentum>(), rule<Adagrad>(), rule<Adadelta>(), rule<Adamax>(),
-      rule<Nadam>(),    rule<Lion>(),
-  };
+  #define TRAINRT_RULE(R) rule<R>(),
+  static const std::vector<Rule> all = {TRAINRT_RULES(TRAINRT_RULE)};
+#undef TRAINRT_RULE
   return all;
 }
 

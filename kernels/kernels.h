@@ -5,6 +5,7 @@
 #include <string>
 
 #include "chunks.h"
+#include "elements.h"
 
 namespace trainrt {
 
@@ -24,10 +25,6 @@ void measure_update(const Span* before, const Span* after, const Span* gradients
 
 constexpr int kMaxSlots = 3, kMaxScalars = 12, kMaxFactors = 4;
 
-// Weight decay before the rule: by the product of decay and learning rate, or by one and then the other.
-enum class Decay : int { kNone = 0, kMerged = 1, kInTurn = 2 };
-constexpr int kDecayScalars = 3;  // the product, the decay, the learning rate
-
 // One weight of a fused update. All pointers are of the weight's dtype; a null gradient is missing: the weight and its
 // slots are only measured.
 struct Weight {
@@ -38,8 +35,6 @@ struct Weight {
   Decay decay;
 };
 
-// What happens to a gradient before the rule sees it, one operation after the other, each rounded as TensorFlow would.
-enum class Prepare : int { kMultiply = 0, kDivide = 1, kClip = 2 };
 struct Factor {
   Prepare how;
   const void* values;  // of the weight's dtype: one for each weight, or one for all

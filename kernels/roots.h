@@ -53,10 +53,4 @@ struct TimesReciprocal {
   T reciprocal_root;
   TRAINRT_HD T operator()(T x) const { return x * reciprocal_root; }
 };
-template <typename T>
-struct OverRootOf {
-  T radicand;
-  TRAINRT_HD T operator()(T x) const { return x / square_root(radicand); }
-};
-
 }  // namespace trainrt

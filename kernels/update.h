@@ -3,7 +3,6 @@
 #pragma once
 
 #include <limits>
-#include <type_traits>
 
 #include "blocks.h"
 #include "kernels.h"
@@ -13,39 +12,27 @@ namespace trainrt {
 
 template <typename T>
 inline void prepare(Prepare how, T factor, int size, T* gradient) {
-  switch (how) {
+  switch (how) {  // outside of the loops, so that they vectorise
     case Prepare::kMultiply:
-      for (int i = 0; i < size; ++i) gradient[i] = gradient[i] * factor;
+      for (int i = 0; i < size; ++i) gradient[i] = prepared(Prepare::kMultiply, gradient[i], factor);
       break;
     case Prepare::kDivide:
-      for (int i = 0; i < size; ++i) gradient[i] = gradient[i] / factor;
+      for (int i = 0; i < size; ++i) gradient[i] = prepared(Prepare::kDivide, gradient[i], factor);
       break;
-    case Prepare::kClip: {
-      const T low = negative(factor);
-      for (int i = 0; i < size; ++i) {
-        const T x = gradient[i], y = x > factor ? factor : x;  // NaN compares false and stays
-        gradient[i] = y < low ? low : y;
-      }
+    case Prepare::kClip:
+      for (int i = 0; i < size; ++i) gradient[i] = prepared(Prepare::kClip, gradient[i], factor);
       break;
-    }
   }
 }
 
-// In a graph Grappler multiplies the two rates first, unless the weight is a scalar too.
 template <typename T>
 inline void decay(Decay how, const T* rates, int size, T* weight) {
   if (how == Decay::kMerged) {
-    for (int i = 0; i < size; ++i) weight[i] = weight[i] - weight[i] * rates[0];
+    for (int i = 0; i < size; ++i) weight[i] = decayed(Decay::kMerged, weight[i], rates);
   } else if (how == Decay::kInTurn) {
-    for (int i = 0; i < size; ++i) weight[i] = weight[i] - (weight[i] * rates[1]) * rates[2];
+    for (int i = 0; i < size; ++i) weight[i] = decayed(Decay::kInTurn, weight[i], rates);
   }
 }
-
-// A rule that divides by a square root names the radicand first; the root itself is TensorFlow's (`roots.h`).
-template <typename R, typename = void>
-struct HasRoot : std::false_type {};
-template <typename R>
-struct HasRoot<R, std::void_t<decltype(R::template radicand<float>)>> : std::true_type {};
 
 // Macros, because the compiler forgets `__restrict` inside a lambda and then does not vectorise.
 #define TRAINRT_LOAD_SLOTS                          \
@@ -79,11 +66,7 @@ void step_block(const void* scalars, int size, const void* gradient_data, void* 
     for (int i = 0; i < size; ++i) {
       T w = weight[i], q[kMaxSlots];
       TRAINRT_LOAD_SLOTS
-      if constexpr (kGraph) {
-        R::step(s, gradient[i], w, q, TimesReciprocal<T>{roots[i]});
-      } else {
-        R::step(s, gradient[i], w, q, OverRootOf<T>{roots[i]});
-      }
+      R::step(s, gradient[i], w, q, std::conditional_t<kGraph, TimesReciprocal<T>, OverRootOf<T>>{roots[i]});
       weight[i] = w;
       TRAINRT_STORE_SLOTS
     }
@@ -91,7 +74,7 @@ void step_block(const void* scalars, int size, const void* gradient_data, void* 
     for (int i = 0; i < size; ++i) {
       T w = weight[i], q[kMaxSlots];
       TRAINRT_LOAD_SLOTS
-      R::step(s, gradient[i], w, q);
+      step_element<R>(s, gradient[i], w, q);
       weight[i] = w;
       TRAINRT_STORE_SLOTS
     }

@@ -1,6 +1,7 @@
 """The folds of `kernels/`, against float64 numpy."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -166,3 +167,56 @@ def test_the_bits_do_not_depend_on_the_number_of_threads():
     ]
     assert runs[0]
     assert runs[0] == runs[1] == runs[2]
+
+
+@pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler")
+def test_the_device_s_code_agrees_with_the_cpu_on_a_host(tmp_path):
+    """Launch geometry, reduction tree and barriers, thread by thread: `kernels/shim.h`."""
+    compiler, flags = native._compiler().path, ["-std=c++17", "-O2", "-fno-math-errno", "-ffp-contract=off", "-w"]
+    units = [str(native.sources() / unit) for unit in ("check_shim.cc", "cpu.cc", "blocks.cc")]
+    subprocess.run([compiler, *flags, *units, "-o", str(tmp_path / "check")], check=True)
+    done = subprocess.run([str(tmp_path / "check")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("unit", ["device.cu.cc", "check.cu"])
+def test_the_device_s_code_compiles_for_ampere_and_hopper(tmp_path, unit):
+    targets = [flag for sm in (80, 90) for flag in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
+    source = str(native.sources() / unit)
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-O3",
+        "-fmad=false",
+        *targets,
+        "-x",
+        "cu",
+        "-c",
+        source,
+        "-o",
+        str(tmp_path / "o"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_the_device_s_code_agrees_with_the_cpu_on_a_gpu(tmp_path):
+    def build(compiler, *arguments):
+        subprocess.run([compiler, "-std=c++17", "-O3", *arguments], check=True, cwd=tmp_path)
+
+    host, device = (
+        [str(native.sources() / u) for u in us] for us in (("cpu.cc", "blocks.cc"), ("check.cu", "device.cu.cc"))
+    )
+    build(native._compiler().path, "-fno-math-errno", "-ffp-contract=off", "-w", "-c", *host)
+    build("nvcc", "-fmad=false", "-arch=native", "-x", "cu", "-dc", *device)
+    objects = ["check.o", "device.cu.o", "cpu.o", "blocks.o"]
+    build("nvcc", "-arch=native", *objects, "-o", "check")
+    done = subprocess.run([str(tmp_path / "check")], capture_output=True, text=True)
+    if done.returncode == 2:
+        pytest.skip("no GPU here")
+    assert done.returncode == 0, done.stdout
