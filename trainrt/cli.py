@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="print what is wrong with a recorded run")
     report.add_argument("logdir", type=Path, help="the directory given to trainrt.fit, or one above it")
     report.add_argument("--json", action="store_true", help="print JSON")
+    report.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page with plots")
     report.add_argument("--all", action="store_true", help="report every run in the directory, not the newest alone")
     report.set_defaults(command=_report)
 
@@ -94,6 +95,8 @@ def _report(options: argparse.Namespace) -> int:
         return _refuse(f"{options.logdir} cannot be read: {error}")
     others = [str(path) for path in found if path not in chosen]
     reports = [(path, run, diagnose(run)) for path, run in zip(chosen, runs, strict=True)]
+    if options.html:
+        return _write_page(options.html, options.logdir, chosen, runs)
     if options.json:
         body = {"runs": [_as_json(path, run, findings) for path, run, findings in reports], "others": others}
         print(json.dumps(body, indent=2, allow_nan=False))
@@ -105,6 +108,19 @@ def _report(options: argparse.Namespace) -> int:
             f"{len(others)} other run{'s' if len(others) > 1 else ''} here (this was the newest; --all reports all): "
             + ", ".join(others)
         )
+    return 0
+
+
+def _write_page(file: Path, logdir: Path, paths: list[Path], runs: list[Run]) -> int:
+    from trainrt import report_html
+
+    names = [path.relative_to(logdir).as_posix() if path.is_relative_to(logdir) else str(path) for path in paths]
+    named = [(path.name if name == "." else name, run) for name, path, run in zip(names, paths, runs, strict=True)]
+    try:
+        report_html.write(file, named[::-1])
+    except OSError as error:
+        return _refuse(f"{file} cannot be written: {error}")
+    _say(f"{file} holds {len(runs)} run{'s' if len(runs) > 1 else ''}; open it in a browser.")
     return 0
 
 

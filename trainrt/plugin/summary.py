@@ -40,14 +40,14 @@ def verdict(run: Run, findings: list[dict[str, Any]]) -> dict[str, str]:
     """Health at a glance: `level` is "good", "info", "warning", "error" or "none", `title` a sentence.
 
     >>> verdict(Run.synthetic(steps=4), [])["title"]
-    'Nothing wrong found so far'
+    'No rule found a fault so far'
     """
     if not len(run):
         why = run.environment.get("unobserved_because")
         return {"level": "none", "title": f"Not observed: {why}" if why else "No steps recorded yet"}
     level = next((level for level in ("error", "warning", "info") if any(_level(f) == level for f in findings)), "good")
     if level in ("good", "info"):
-        return {"level": level, "title": "Nothing wrong found" if run.end else "Nothing wrong found so far"}
+        return {"level": level, "title": "No rule found a fault" if run.end else "No rule found a fault so far"}
     first = next(f for f in findings if _level(f) == level)
     causes = first.get("causes") or [first.get("rule", "")]
     return {"level": level, "title": f"Likely cause: {plain(str(causes[0]))}"}
@@ -141,11 +141,11 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[tuple
     [('fit.clip', '1.0', 'None')]
     """
     mine, yours = dict(_flat(left)), dict(_flat(right))
-    names = [name for name in (*mine, *(n for n in yours if n not in mine)) if name.split(".")[0] not in _ALWAYS]
+    names = [name for name in (*mine, *(n for n in yours if n not in mine)) if name not in _ALWAYS]
     return [(n, mine.get(n, "-"), yours.get(n, "-")) for n in names if mine.get(n, "-") != yours.get(n, "-")]
 
 
-_ALWAYS = ("start", "command")
+_ALWAYS = ("start", "command", "fit.logdir", "optimizer.name", "optimizer.config.name")
 
 
 def _flat(value: Any, name: str = ""):

@@ -34,6 +34,7 @@ export class Chart {
     const seen = view.series.flatMap((s) => [...s.low, ...s.high, ...s.mean]).filter(Number.isFinite);
     let [low, high] = [Math.min(...spread(seen)), Math.max(...spread(seen))];
     if (view.unit === 'share') [low, high] = [0, Math.max(high, 0.01) > 0.5 ? 1 : Math.max(high * 1.15, 0.01)];
+    else if (view.zone) [low, high] = [Math.min(low, view.zone[0] - 0.4), Math.max(high, view.zone[1] + 0.4)];
     else if (view.log && high - low < 0.6) [low, high] = [(low + high) / 2 - 0.3, (low + high) / 2 + 0.3];
     else if (!(high > low)) [low, high] = [low - Math.max(Math.abs(low) * 0.05, 1e-9), high + Math.max(Math.abs(high) * 0.05, 1e-9)];
     this.range = seen.length ? [low, high] : [0, 1];

@@ -10,15 +10,16 @@ import { decode, MISSING, STATE } from './wire.js';
 export class Comparison {
   constructor(place, does) {
     this.place = place;
+    this.own = new Heatmap('Map of this run', does);
     this.other = new Heatmap('Map of the other run', does);
     this.difference = new Heatmap('Difference of the two runs', does);
     this.legend = el('div', {});
     this.said = el('p', { class: 'said' });
     this.table = el('div', {});
-    this.names = [el('h3', {}), el('h3', {})];
+    this.names = [el('h3', {}), el('h3', {}), el('h3', {})];
     this.node = el('section', { 'aria-labelledby': 'compare-title', hidden: true },
       el('div', { class: 'bar-head' }, el('h2', { id: 'compare-title' }, 'Comparison')), this.said,
-      this.names[0], this.other.node, this.names[1], this.legend, this.difference.node, this.table);
+      this.names[0], this.own.node, this.names[1], this.other.node, this.names[2], this.legend, this.difference.node, this.table);
   }
 
   // `mine` and `yours` are pictures with the same edges; rows are matched by their paths.
@@ -29,8 +30,10 @@ export class Comparison {
     const shared = { labels, width, order, chosen: picked, show: place.show };
     const first = told.differs === null ? [] : [{ first: told.differs, last: told.differs, colour: 'warning', current: true }];
     if (told.diverges !== null) first.push({ first: told.diverges, last: told.diverges, colour: 'error', current: true });
-    this.names[0].textContent = versus.name;
-    this.names[1].textContent = `${versus.name} against ${run.name}`;
+    this.names[0].textContent = run.name;
+    this.names[1].textContent = versus.name;
+    this.names[2].textContent = `Difference: ${versus.name} over ${run.name}`;
+    this.own.update({ ...shared, picture: mine, scale, marks: first, describe: (v, s) => describe(mine, v, s) });
     this.other.update({ ...shared, picture: matched, scale, marks: first, describe: (v, s) => describe(matched, v, s) });
     const apart = subtract(mine, matched);
     const far = Math.max(...domain(apart).map(Math.abs), apart.kind === 'difference' ? 0.5 : 0);

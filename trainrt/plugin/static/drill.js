@@ -18,8 +18,8 @@ export function plan(run) {
     { name: 'Weight norm', log: true, lines: [['weight_norm', '']] },
     ...run.slots.map((slot) => ({ name: `Slot: ${words(slot)}, norm`, log: true, lines: [[`${slot}_norm`, '']] })),
     { name: 'Effective learning rate', log: true, hint: 'update / gradient', lines: [['effective_learning_rate', '']] },
-    { name: 'Unchanged elements', unit: 'share', hint: 'and why', lines: [['unchanged_share', 'unchanged'], ['rounded_share', 'rounded away', [5, 4]],
-      ['gradient_zero_share', 'gradient zero', [2, 3]], ['gradient_nonfinite_share', 'not finite', [8, 3]]] },
+    { name: 'Unchanged elements', unit: 'share', hint: 'and why', lines: [['unchanged_share', 'unchanged', null, 'series0'], ['rounded_share', 'rounded away', null, 'series1'],
+      ['gradient_zero_share', 'gradient zero', null, 'series2'], ['gradient_nonfinite_share', 'not finite', null, 'nonfinite']] },
   ];
   return charts.map((c) => ({ ...c, lines: c.lines.filter(([s]) => has.has(s)) })).filter((c) => c.lines.length);
 }
@@ -102,8 +102,8 @@ export class Drill {
     }
     if (!lines || !rows.length) return;
     for (const [spec, chart] of this.layerCharts) {
-      const series = rows.flatMap((row, i) => (rows.length > 1 && spec.unit === 'share' ? spec.lines.slice(0, 1) : spec.lines).map(([name, text, dash]) => ({
-        name: [rows.length > 1 ? tail(labels[row]) : '', text].filter(Boolean).join(' '), dash, colour: hue(i, rows.length), ...curve(lines, name, i, rows.length),
+      const series = rows.flatMap((row, i) => (rows.length > 1 && spec.unit === 'share' ? spec.lines.slice(0, 1) : spec.lines).map(([name, text, dash, own]) => ({
+        name: [rows.length > 1 ? tail(labels[row]) : '', text].filter(Boolean).join(' '), dash, colour: own && rows.length === 1 ? colour(own) : hue(i, rows.length), ...curve(lines, name, i, rows.length),
       })));
       chart.update({ ...shared, edges: lines.edges, log: spec.log, unit: spec.unit, zone: spec.zone, series });
     }

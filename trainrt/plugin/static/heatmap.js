@@ -41,7 +41,7 @@ export class Heatmap {
 
   get rowHeight() {
     const rows = this.view.order.length;
-    return rows <= 14 ? 24 : rows <= 24 ? 18 : Math.max(2, Math.min(16, 460 / rows));
+    return rows <= 6 ? 34 : rows <= 14 ? 24 : rows <= 24 ? 18 : Math.max(2, Math.min(16, 460 / rows));
   }
 
   draw() {

@@ -41,10 +41,11 @@ function facts(run) {
 
 export function verdict(run, place, go) {
   const { level, title } = run.verdict;
-  const [text, kind] = state(run);
+  const [text, kind] = state(run), bad = run.findings.length > 0 && (level === 'warning' || level === 'error');
   const head = el('div', { class: 'verdict' }, sign(level),
     el('div', { class: 'said' }, el('h1', {}, title),
-      el('p', { class: 'sub' }, run.findings[0] && level !== 'good' ? run.findings[0].message : quiet(run))),
+      el('p', { class: 'sub' }, bad ? run.findings[0].message : quiet(run)),
+      bad && run.findings[0].advice[0] ? el('p', { class: 'try' }, el('b', {}, 'Try'), run.findings[0].advice[0]) : null),
     el('span', { class: `pill ${kind}` }, text));
   const list = el('ol', { class: 'findings', 'aria-label': 'Findings, likeliest cause first' },
     ...run.findings.map((finding, i) => row(finding, i, place.finding === i, go)));
