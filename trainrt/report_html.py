@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainrt.plugin import answers, app, summary, tables, wire
+from trainrt.plugin import answers, files, summary, tables, wire
 from trainrt.run import Run
 
 STATISTICS = (
@@ -43,7 +43,7 @@ def build(runs: Sequence[tuple[str, Run]], title: str = "Training report") -> st
     """
     content: dict = {"names": [name for name, _ in runs], "runs": {}, "pictures": {}, "compared": {}}
     for name, run in runs:
-        findings = summary.Judge().findings(run)
+        findings = summary.Judge().findings(run, wait_s=600)
         told = summary.summary(name, run, findings)
         told["rows"] = {"layers": told["rows"]["layers"]}
         held = [n for n in (*STATISTICS, *_of_slots(run)) if n in run.statistics]
@@ -88,11 +88,11 @@ def _text(data: bytes) -> str:
 
 
 def _document(content: dict, title: str) -> str:
-    files = app.static_files()
+    own = files.static_files()
     modules = {
         f"trainrt/{name}": "data:text/javascript;base64,"
         + base64.b64encode(_IMPORT.sub(r"\1 'trainrt/\2'", data.decode()).encode()).decode()
-        for name, data in files.items()
+        for name, data in own.items()
         if name.endswith(".js") and name != "index.js"
     }
     start = (
@@ -107,7 +107,7 @@ def _document(content: dict, title: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <title>{html.escape(title)}</title>
-<style>{files["style.css"].decode()}</style>
+<style>{own["style.css"].decode()}</style>
 <script type="importmap">{_script(json.dumps({"imports": modules}))}</script>
 <script type="application/json" id="content">{_script(wire.dumps(content))}</script>
 </head>

@@ -41,15 +41,21 @@ def run(plugin, experiment: str, asked: Mapping[str, str]) -> dict[str, Any]:
         return {"name": name, "unreadable": str(refused)}
     with found.tables.lock:
         recorded = found.tables.run
-        return summary.summary(name, recorded, found.judge.findings(recorded), found.source.traced(name))
+        findings = found.judge.findings(recorded)
+        traced = found.source.traced(name)
+        return {
+            **summary.summary(name, recorded, findings, traced, found.judge.busy),
+            "judged": found.judge.rounds,
+        }
 
 
 def pulse(plugin, experiment: str, asked: Mapping[str, str]) -> dict[str, Any]:
     try:
-        recorded = plugin.opened(experiment, _text(asked, "run")).tables.run
+        found = plugin.opened(experiment, _text(asked, "run"))
     except Refused as refused:
         return {"windows": 0, "ended": False, "gone": str(refused)}
-    return {"windows": len(recorded), "ended": recorded.end is not None}
+    recorded = found.tables.run
+    return {"windows": len(recorded), "ended": recorded.end is not None, "judged": found.judge.rounds}
 
 
 def map_(plugin, experiment: str, asked: Mapping[str, str]) -> bytes:

@@ -13,20 +13,19 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
-from tensorboard import plugin_util
-from tensorboard.backend import http_util
+from tensorboard.backend import experiment_id, http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
 from trainrt.plugin import answers
 from trainrt.plugin.answers import Refused
+from trainrt.plugin.files import MIME, static_files
 from trainrt.plugin.sources import Files, Loaded, Source, local
 from trainrt.plugin.summary import Judge
 from trainrt.plugin.tables import Tables
@@ -35,7 +34,6 @@ from trainrt.plugin.wire import dumps
 OPENED = 8
 """Runs that stay open."""
 
-_MIME = {".js": "text/javascript", ".css": "text/css"}
 _log = logging.getLogger(__name__)
 
 
@@ -117,7 +115,7 @@ class TrainrtPlugin(base_plugin.TBPlugin):
     def _static(self, name: str, data: bytes) -> Callable:
         @wrappers.Request.application
         def app(request):
-            return http_util.Respond(request, data, _MIME[name[name.rindex(".") :]])
+            return http_util.Respond(request, data, MIME[name[name.rindex(".") :]])
 
         return app
 
@@ -128,7 +126,7 @@ class TrainrtPlugin(base_plugin.TBPlugin):
                 return _refuse(request, Refused(405, "This page only reads. Ask with GET."))
             try:
                 with np.errstate(all="ignore"):
-                    answer = function(self, plugin_util.experiment_id(request.environ), request.args)
+                    answer = function(self, request.environ.get(experiment_id.WSGI_ENVIRON_KEY, ""), request.args)
             except Refused as refused:
                 return _refuse(request, refused)
             except Exception as error:
@@ -143,9 +141,3 @@ class TrainrtPlugin(base_plugin.TBPlugin):
 
 def _refuse(request, refused: Refused):
     return http_util.Respond(request, dumps({"error": str(refused)}), "application/json", code=refused.code)
-
-
-def static_files() -> dict[str, bytes]:
-    """The page's own files, by name."""
-    folder = importlib.resources.files("trainrt.plugin") / "static"
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name.endswith(tuple(_MIME))}

@@ -103,7 +103,9 @@ class Loaded:
         return self._provider.list_tensors(self._context, experiment_id=self._experiment, plugin_name="trainrt")
 
     def names(self) -> list[str]:
-        newest = {run: max((t.max_wall_time for t in tags.values()), default=0.0) for run, tags in self._listing().items()}
+        newest = {
+            run: max((t.max_wall_time for t in tags.values()), default=0.0) for run, tags in self._listing().items()
+        }
         return sorted(newest, key=lambda run: (-newest[run], run))
 
     def open(self, name: str) -> Run:

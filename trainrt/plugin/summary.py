@@ -14,29 +14,54 @@ from trainrt.run import Run
 PATIENCE = 20
 """A run that is still written to is judged again after so many times what judging took: at most 5 % of a core."""
 
+WAIT_S = 0.3
+"""How long an answer waits for the rules; a long run's picture does not wait for its verdict."""
+
 
 class Judge:
-    """The findings of a run: those it was closed with, or what the rules say of it so far."""
+    """The findings of a run: those it was closed with, or what the rules say of it so far.
+
+    Attributes:
+      rounds: How often the rules have judged; a page that sees it change asks again.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
         self._seen = -1
         self._findings: list[dict[str, Any]] = []
         self._again = 0.0
+        self.rounds = 0
 
-    def findings(self, run: Run) -> list[dict[str, Any]]:
+    def findings(self, run: Run, wait_s: float = WAIT_S) -> list[dict[str, Any]]:
+        """Findings as dicts, perhaps of some windows ago."""
         if run.end is not None or not len(run):
             return run.recorded_findings
         with self._lock:
-            if len(run) != self._seen and time.monotonic() >= self._again:
-                begun = time.monotonic()
-                self._findings = [finding.to_dict() for finding in diagnose(run)]
-                self._seen, took = len(run), time.monotonic() - begun
-                self._again = time.monotonic() + PATIENCE * took
-            return self._findings
+            idle = self._thread is None or not self._thread.is_alive()
+            if idle and len(run) != self._seen and time.monotonic() >= self._again:
+                # Of a slice: the run itself may grow while the rules read it.
+                self._thread = threading.Thread(target=self._judge, args=(run[:],), daemon=True)
+                self._thread.start()
+            thread = self._thread
+        if thread is not None:
+            thread.join(wait_s)
+        return self._findings
+
+    @property
+    def busy(self) -> bool:
+        """Whether the first verdict is still to come."""
+        return not self.rounds and self._thread is not None and self._thread.is_alive()
+
+    def _judge(self, run: Run) -> None:
+        begun = time.monotonic()
+        self._findings = [finding.to_dict() for finding in diagnose(run)]
+        self._seen = len(run)
+        self._again = time.monotonic() + PATIENCE * (time.monotonic() - begun)
+        self.rounds += 1
 
 
-def verdict(run: Run, findings: list[dict[str, Any]]) -> dict[str, str]:
+def verdict(run: Run, findings: list[dict[str, Any]], busy: bool = False) -> dict[str, str]:
     """Health at a glance: `level` is "good", "info", "warning", "error" or "none", `title` a sentence.
 
     >>> verdict(Run.synthetic(steps=4), [])["title"]
@@ -45,6 +70,8 @@ def verdict(run: Run, findings: list[dict[str, Any]]) -> dict[str, str]:
     if not len(run):
         why = run.environment.get("unobserved_because")
         return {"level": "none", "title": f"Not observed: {why}" if why else "No steps recorded yet"}
+    if busy:
+        return {"level": "none", "title": "The rules are reading this run"}
     level = next((level for level in ("error", "warning", "info") if any(_level(f) == level for f in findings)), "good")
     if level in ("good", "info"):
         return {"level": level, "title": "No rule found a fault" if run.end else "No rule found a fault so far"}
@@ -69,22 +96,24 @@ def plain(cause: str) -> str:
     return " ".join(_WORDS.get(word, word) for word in cause.split("_"))
 
 
-def summary(name: str, run: Run, findings: list[dict[str, Any]], traced: bool = False) -> dict[str, Any]:
-    """Everything about a run but its curves, JSON-able."""
+def summary(
+    name: str, run: Run, findings: list[dict[str, Any]], traced: bool = False, busy: bool = False
+) -> dict[str, Any]:
+    """Everything about a run but its curves, JSON-able. `busy`: the rules have not come to a verdict yet."""
     windows = len(run)
     rows = {group: [_row(p) for p in tables.grouped(run, group).roster.parameters] for group in tables.GROUPS}
     if len(rows["blocks"]) in (len(rows["layers"]), 1):
         del rows["blocks"]
-    loss = run.scalar("loss") if windows and "loss" in run.roster.scalars else []
+    loss = run.scalar("loss").tolist() if windows and "loss" in run.roster.scalars else []
     return {
         "name": name,
-        "verdict": verdict(run, findings),
+        "verdict": verdict(run, findings, busy),
         "findings": [_finding(f) for f in findings],
         "windows": windows,
         "steps": [int(run.steps[0, 0]), int(run.steps[-1, 1])] if windows else None,
         "seconds": float(run.wall_time[-1] - run.environment["start"]) if windows and _started(run) else None,
         "last_time": float(run.wall_time[-1]) if windows else None,
-        "loss": [float(loss[0]), float(loss[-1])] if len(loss) else None,
+        "loss": [loss[0], loss[-1]] if loss else None,
         "rows": rows,
         "elements": sum(p.size for p in run.roster.parameters),
         "statistics": [{"name": n, "kind": tables.kind(n)} for n in run.statistics],
@@ -115,8 +144,9 @@ def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:
 
     steps = finding.get("steps")
     whole = isinstance(steps, list | tuple) and len(steps) == 2 and all(isinstance(s, int) for s in steps)
-    evidence = finding.get("evidence") if isinstance(finding.get("evidence"), Mapping) else {}
-    consequences = evidence.get("consequences", ()) if isinstance(evidence, Mapping) else ()
+    evidence = finding.get("evidence")
+    consequences = evidence.get("consequences") if isinstance(evidence, Mapping) else None
+    consequences = consequences if isinstance(consequences, list) else []
     return {
         "rule": str(finding.get("rule", "")),
         "severity": _level(finding) if _level(finding) in ("error", "warning") else "info",
@@ -128,7 +158,7 @@ def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:
         "advice": strings(finding.get("advice")),
         "consequences": [
             {"rule": str(c.get("rule", "")), "message": str(c.get("message", ""))}
-            for c in (consequences if isinstance(consequences, list) else ())
+            for c in consequences
             if isinstance(c, Mapping)
         ],
     }

@@ -117,7 +117,9 @@ class Tables:
                 fresh = _compute(grouped(self.run[start:], group), asked)
                 for name, part in zip(asked, fresh, strict=True):
                     old = done[name]
-                    whole = part if old is None else Table(*(np.concatenate(pair) for pair in zip(old, part, strict=True)))
+                    whole = (
+                        part if old is None else Table(*(np.concatenate(pair) for pair in zip(old, part, strict=True)))
+                    )
                     self._kept[group, name] = whole
             for name in names:
                 if (group, name) in self._kept:

@@ -241,7 +241,7 @@ class Page {
     try {
       if (!this.run) { await this.listing(); return; }
       const now = await this.source.pulse({ run: this.place.run });
-      if (now.windows !== (this.run.windows || 0) || now.ended !== Boolean(this.run.end)) await this.load();
+      if (now.windows !== (this.run.windows || 0) || now.ended !== Boolean(this.run.end) || now.judged !== this.run.judged) await this.load();
       this.beats = (this.beats || 0) + 1;
       if (this.beats % 3 === 0) { this.names = (await this.source.runs()).runs; this.bars(); }
     } catch { /* TensorBoard is away; the next beat asks again. */ } finally { this.busy = false; }
