@@ -8,68 +8,107 @@ namespace {
 
 // A magnitude under 2^-45 may lose squares to underflow, one over 2^57 may overflow when kBlock are summed.
 constexpr int kLow = 127 - 45, kHigh = 127 + 57;
+// kBlock subnormals are less than 2^-20 of anything over 2^-97.
+constexpr int kSubnormalsCount = 127 - 97;
 
 inline Floats load(const float* p) {
   Floats v;
   memcpy(&v, p, sizeof v);
+#if defined(__AVX__)
+  asm("" : "+x"(v));  // or the compiler loads it again for every use, and loads are what bounds the loop
+#endif
   return v;
 }
 
 inline Ints magnitudes(Floats v) { return reinterpret_cast<Ints>(v) & 0x7fffffff; }
 
-inline int32_t largest(const Ints& v) {
-  int32_t lanes[kWidth];
-  memcpy(lanes, &v, sizeof v);
-  for (int width = kWidth / 2; width; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
+// Folds the lanes of a vector by halves.
+template <typename Lane, int kCount, typename Fold>
+inline __attribute__((always_inline)) Lane across(const void* lanes, Fold fold) {
+  if constexpr (kCount == 4) {
+    Lane l[4];
+    memcpy(l, lanes, sizeof l);
+    return fold(fold(l[0], l[2]), fold(l[1], l[3]));
+  } else {
+    typedef Lane Half __attribute__((vector_size(sizeof(Lane) * kCount / 2)));
+    Half low, high;
+    memcpy(&low, lanes, sizeof low);
+    memcpy(&high, static_cast<const char*>(lanes) + sizeof low, sizeof high);
+    const Half half = fold(low, high);
+    return across<Lane, kCount / 2>(&half, fold);
+  }
 }
 
-inline double total(const Doubles& v) {
-  double sum = 0;
-  for (int i = 0; i < kWidth; ++i) sum += v[i];
-  return sum;
+// Counts the lanes that are zero.
+struct ZeroCount {
+  Ints lanes = {};
+  void add(Ints v) { lanes -= v == 0; }  // a true lane is -1
+  int64_t total() const {
+    return across<int32_t, kWidth>(&lanes, [](auto a, auto b) { return a + b; });
+  }
+};
+
+inline __attribute__((always_inline)) int32_t largest(Ints v) {
+  return across<int32_t, kWidth>(&v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+inline __attribute__((always_inline)) float roughly_total(const Floats* sets) {
+  Floats v = sets[0];
+  for (int j = 1; j < kSets; ++j) v += sets[j];
+  return across<float, kWidth>(&v, [](auto a, auto b) { return a + b; });
 }
 
 }  // namespace
 
+inline __attribute__((always_inline)) void Lanes::add(const Floats* sets, double factor) {
+  typedef double Doubles __attribute__((vector_size(8 * kWidth)));
+  for (int j = 0; j < kHalf; ++j) {
+    Doubles sum;
+    memcpy(&sum, lane + j * kWidth, sizeof sum);
+    sum += __builtin_convertvector(sets[j] + sets[j + kHalf], Doubles) * factor;
+    memcpy(lane + j * kWidth, &sum, sizeof sum);
+  }
+}
+
+double Lanes::total() const {
+  double sum = 0;
+  for (const double one : lane) sum += one;
+  return sum;
+}
+
 // Takes one block's lanes. False, with nothing folded, if they do not fit float32 at this scale: `seen_` says why.
-inline bool BlockFold::accept(Ints top, Floats sum, Floats sumsq, Ints zeros, float scale) {
+inline __attribute__((always_inline)) bool BlockFold::accept(Ints top, const Floats* sum, const Floats* sumsq,
+                                                             int64_t zeros, float scale) {
   seen_ = largest(top);
   const int exponent = (seen_ >> 23) + static_cast<int>(bits_of(scale) >> 23) - 127;
   if (seen_ != 0 && (exponent < kLow || exponent > kHigh || seen_ >= 0x7f800000)) return false;
-  zeros_ += zeros;
+  zero_count_ += zeros;
   absmax_ = seen_ > absmax_ ? seen_ : absmax_;
-  if (scale == 1.0f) {
-    sum_ += __builtin_convertvector(sum, Doubles);
-    sumsq_ += __builtin_convertvector(sumsq, Doubles);
-  } else {
-    const double back = 1.0 / static_cast<double>(scale);
-    sum_ += __builtin_convertvector(sum, Doubles) * back;
-    sumsq_ += __builtin_convertvector(sumsq, Doubles) * (back * back);
-  }
+  const double back = scale == 1.0f ? 1.0 : 1.0 / static_cast<double>(scale);
+  sum_.add(sum, back);
+  sumsq_.add(sumsq, back * back);
   return true;
 }
 
 template <bool kScaled>
 inline __attribute__((always_inline)) bool BlockFold::sum_block(const float* x, int size, const float* ahead) {
   Floats s[kSets] = {}, q[kSets] = {};
-  Ints top[kSets] = {}, zeros[kSets] = {};
+  Ints top = {};
+  ZeroCount zeros;
   const Floats factor = scale_ - Floats{};
   for (int i = 0; i < size; i += kLanes) {
     for (int j = 0; j < kSets; ++j) {
-      __builtin_prefetch(ahead + i + j * kWidth, 0, 1);
+      if (j * kWidth % 16 == 0) __builtin_prefetch(ahead + i + j * kWidth, 0, 1);
       Floats v = load(x + i + j * kWidth);
       const Ints magnitude = magnitudes(v);
-      top[j] = top[j] > magnitude ? top[j] : magnitude;
-      zeros[j] -= magnitude == 0;  // a true lane is -1
+      top = top > magnitude ? top : magnitude;
+      zeros.add(magnitude);
       if (kScaled) v *= factor;
       s[j] += v;
       q[j] += v * v;
     }
   }
-  return accept(top[0] > top[1] ? top[0] : top[1], s[0] + s[1], q[0] + q[1], zeros[0] + zeros[1],
-                kScaled ? scale_ : 1.0f);
+  return accept(top, s, q, zeros.total(), kScaled ? scale_ : 1.0f);
 }
 
 void BlockFold::add(const float* x, int size, const float* ahead) {
@@ -105,7 +144,9 @@ __attribute__((noinline)) void BlockFold::add_with_care(const float* x, int size
     x = scratch;
     if (sum_block<false>(x, size, x)) return;
   }
-  if (seen_ >= 0x00800000) {  // normal: the largest magnitude goes to about 1
+  // The largest magnitude goes to about 1; where it is so small that subnormals count, TensorFlow's threads, which read
+  // them as zero, must not multiply them.
+  if (seen_ >> 23 >= kSubnormalsCount) {
     int shift = 127 - (seen_ >> 23);
     shift = shift > 126 ? 126 : shift < -126 ? -126 : shift;
     scale_ = float_of(static_cast<uint32_t>(shift + 127) << 23);
@@ -120,41 +161,41 @@ __attribute__((noinline)) void BlockFold::add_with_care(const float* x, int size
 Moments BlockFold::moments() const {
   Moments m = rare_;
   m.count = count_;
-  m.sum += total(sum_);
-  m.sumsq += total(sumsq_);
+  m.sum += sum_.total();
+  m.sumsq += sumsq_.total();
   const double absmax = exact(float_of(static_cast<uint32_t>(absmax_)));
   m.absmax = absmax > m.absmax ? absmax : m.absmax;
   m.zeros += zero_count_;
-  for (int i = 0; i < kWidth; ++i) m.zeros += zeros_[i];
   return m;
 }
 
 void MotionFold::add(const float* gradient, const float* before, const float* after, int size) {
   if (__builtin_expect(size % kLanes == 0 && update_.scale_ == 1.0f, 1)) {
     Floats s[kSets] = {}, q[kSets] = {}, p[kSets] = {};
-    Ints top[kSets] = {}, zeros[kSets] = {}, rounded[kSets] = {};
+    Ints top = {};
+    ZeroCount zeros, both;
     for (int i = 0; i < size; i += kLanes) {
       for (int j = 0; j < kSets; ++j) {
         const int at = i + j * kWidth;
-        __builtin_prefetch(gradient + kAhead + at, 0, 1);
+        if (j * kWidth % 16 == 0) __builtin_prefetch(gradient + kAhead + at, 0, 1);
         const Floats g = load(gradient + at), u = load(after + at) - load(before + at);
-        const Ints magnitude = magnitudes(u), still = magnitude == 0;
-        top[j] = top[j] > magnitude ? top[j] : magnitude;
-        zeros[j] -= still;
-        rounded[j] -= still & (magnitudes(g) != 0);
+        const Ints magnitude = magnitudes(u);
+        top = top > magnitude ? top : magnitude;
+        zeros.add(magnitude);
+        both.add(magnitude | magnitudes(g));
         s[j] += u;
         q[j] += u * u;
         p[j] += g * u;
       }
     }
     // The products fit float32 if their sum is neither infinite nor so small that underflow would show.
-    const double product = total(__builtin_convertvector(p[0] + p[1], Doubles));
-    const bool fits = (product >= 0x1p-90 || product <= -0x1p-90) && product - product == 0;
-    if (__builtin_expect(fits, 1) && update_.accept(top[0] > top[1] ? top[0] : top[1], s[0] + s[1], q[0] + q[1],
-                                                    zeros[0] + zeros[1], 1.0f)) {
+    const float product = roughly_total(p);
+    const bool fits = (product >= 0x1p-90f || product <= -0x1p-90f) && product - product == 0;
+    const int64_t still = zeros.total();
+    if (__builtin_expect(fits, 1) && update_.accept(top, s, q, still, 1.0f)) {
       update_.count_ += size;
-      product_ += product;
-      rounded_ += rounded[0] + rounded[1];
+      product_.add(p, 1.0);
+      rounded_ += still - both.total();
       return;
     }
   }
@@ -166,21 +207,13 @@ void MotionFold::add(const float* gradient, const float* before, const float* af
 void MotionFold::add(const float* gradient, const float* update, int size) {
   update_.add(update, size, update);
   if (!gradient) return;
-  Doubles product = {};
-  int i = 0;
-  for (; i + kWidth <= size; i += kWidth) {
-    const Floats g = load(gradient + i), u = load(update + i);
-    rounded_ -= (magnitudes(g) != 0) & (magnitudes(u) == 0);
-    product += __builtin_convertvector(g, Doubles) * __builtin_convertvector(u, Doubles);
-  }
-  product_ += total(product);
-  for (; i < size; ++i) fold(gradient[i], update[i], rest_);
+  for (int i = 0; i < size; ++i) fold(gradient[i], update[i], rest_);
 }
 
 Joint MotionFold::joint() const {
   Joint j = rest_;
-  j.product += product_;
-  for (int i = 0; i < kWidth; ++i) j.rounded += rounded_[i];
+  j.product += product_.total();
+  j.rounded += rounded_;
   return j;
 }
 

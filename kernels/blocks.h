@@ -1,18 +1,30 @@
-// The CPU's way to fold: blocks that lie in the first-level cache, in vectors of 16 float32. The vector type is the
-// compiler's own, so SSE, AVX2, AVX-512 and NEON share the code and the order of the sums.
+// The CPU's way to fold: blocks that lie in the first-level cache, in the compiler's own vectors, as wide as the
+// processor's. Whatever the width, element i goes to lane i % 32, so that the order of the sums is the same.
 #pragma once
 
 #include "moments.h"
 
 namespace trainrt {
 
-constexpr int kWidth = 16, kSets = 2, kLanes = kWidth * kSets;
+#if defined(__AVX__)
+constexpr int kWidth = 8;  // 16 is no faster where AVX-512 is, the lanes' sums costing more than they save
+#else
+constexpr int kWidth = 4;
+#endif
+constexpr int kLanes = 32, kSets = kLanes / kWidth;
+constexpr int kHalf = kSets / 2;   // vectors of float64 lanes, which are half as many
 constexpr int kAhead = 4 * kBlock;  // elements; hides the memory's latency behind the arithmetic (benchmarks/kernels.py)
 static_assert(kBlock % kLanes == 0, "a full block is a whole number of strides");
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef double Doubles __attribute__((vector_size(128)));
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+
+// 16 lanes of float64, each the sum of two lanes of float32 in every block.
+struct Lanes {
+  double lane[kLanes / 2] = {};
+  void add(const Floats* sets, double factor);
+  double total() const;
+};
 
 // Folds blocks of float32 into the moments of one chunk.
 class BlockFold {
@@ -23,8 +35,7 @@ class BlockFold {
 
  private:
   friend class MotionFold;
-  Doubles sum_ = {}, sumsq_ = {};
-  Ints zeros_ = {};
+  Lanes sum_, sumsq_;
   int32_t absmax_ = 0;
   float scale_ = 1.0f;  // of the last block that needed one: slots such as Adam's velocity need it in every block
   int32_t seen_ = 0;    // bits of the largest magnitude of the block that was summed last
@@ -33,7 +44,7 @@ class BlockFold {
 
   template <bool kScaled>
   bool sum_block(const float* x, int size, const float* ahead);
-  bool accept(Ints top, Floats sum, Floats sumsq, Ints zeros, float scale);
+  bool accept(Ints top, const Floats* sum, const Floats* sumsq, int64_t zeros, float scale);
   void add_with_care(const float* x, int size, float* scratch);
 };
 
@@ -47,8 +58,8 @@ class MotionFold {
 
  private:
   BlockFold update_;
-  double product_ = 0;
-  Ints rounded_ = {};
+  Lanes product_;
+  int64_t rounded_ = 0;
   Joint rest_;
 };
 
