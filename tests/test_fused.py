@@ -325,6 +325,33 @@ def test_a_tensor_read_before_the_update_keeps_its_value():
         assert (after.numpy() == -t - 1).all()
 
 
+def test_a_training_step_updates_weights_where_they_lie():
+    weight = keras.Variable(np.ones((300, 300), "float32"))
+    optimizer = keras.optimizers.Adam(0.1)
+    optimizer.build([weight])
+    update = fused.plan(optimizer, [weight])
+    held = [weight, *update_slots(optimizer, update)]
+
+    @tf.function
+    def step():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.square(tf.matmul(tf.ones((4, 300)), weight.value)))
+        update.apply(tape.gradient(loss, [weight.value]))
+
+    def addresses():
+        return [np.asarray(memoryview(v.value.read_value())).__array_interface__["data"][0] for v in held]
+
+    step()
+    before = addresses()
+    for _ in range(3):
+        step()
+        assert addresses() == before
+
+
+def update_slots(optimizer, update):
+    return [slot for attribute in update.rule.slots.values() for slot in getattr(optimizer, attribute)]
+
+
 def test_one_op_updates_all_weights_of_a_dtype():
     optimizer, its = keras.optimizers.Adam(), weights("float32")
     optimizer.build(its)

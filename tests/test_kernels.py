@@ -150,7 +150,14 @@ parts = (300_001, 0), (99, -30), (200_000, 9)
 x = [tf.constant((rng.standard_normal(n) * 10.0 ** k).astype("float32")) for n, k in parts]
 rows = native.measure(x)
 update, joint = native.measure_update(x, [a * 1.001 for a in x], x)
-print(b"".join(t.numpy().tobytes() for t in (rows, update, joint)).hex())
+import keras
+from trainrt import fused
+weights = [keras.Variable(a) for a in x]
+adam = keras.optimizers.Adam(0.1)
+adam.build(weights)
+seen = tf.function(fused.plan(adam, weights).apply)(x)
+tensors = [rows, update, joint, *tf.nest.flatten(seen), *(w.value for w in weights)]
+print(b"".join(t.numpy().tobytes() for t in tensors).hex()[-200000:])
 """
 
 

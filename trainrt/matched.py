@@ -89,7 +89,7 @@ MATCHED: dict[str, tuple[str, ...]] = {
     "RMSprop.update_step": ("411803077d9e",),
     "SGD.build": ("d3c8b5a22d19",),
     "SGD.update_step": ("ae01fc667177",),
-    "TFOptimizer._all_reduce_sum_gradients": ("29721b127c43",),
+    "TFOptimizer._all_reduce_sum_gradients": ("29721b127c43", "afbb54259608"),
     "TFOptimizer._apply_weight_decay": ("ed63917b5ae0",),
     "TFOptimizer._backend_update_step": ("1470a565129c",),
     "TFOptimizer._clip_by_norm": ("714f83eb729b",),
