@@ -20,7 +20,11 @@ def digits():
 def pytest_collection_modifyitems(config, items):
     if config.getoption("-m"):
         return
-    skip = pytest.mark.skip(reason="takes minutes: pytest -m slow")
+    skip = {
+        "slow": pytest.mark.skip(reason="takes minutes: pytest -m slow"),
+        "conformance": pytest.mark.skip(reason="takes minutes: pytest -m conformance"),
+    }
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+        for name, mark in skip.items():
+            if name in item.keywords:
+                item.add_marker(mark)

@@ -87,8 +87,20 @@ CASES = {
     "partial_batch": lambda: {"x": data(37)[0], "y": data(37)[1], "epochs": 2},
     "validation_split": lambda: {"x": data()[0], "y": data()[1], "epochs": 3, "validation_split": 0.25},
     "validation_data": lambda: {"x": data()[0], "y": data()[1], "validation_data": data(9), "validation_batch_size": 2},
-    "validation_freq": lambda: {"x": data()[0], "y": data()[1], "epochs": 4, "validation_data": data(9), "validation_freq": 2},
-    "validation_steps": lambda: {"x": data()[0], "y": data()[1], "epochs": 2, "validation_data": dataset(), "validation_steps": 2},
+    "validation_freq": lambda: {
+        "x": data()[0],
+        "y": data()[1],
+        "epochs": 4,
+        "validation_data": data(9),
+        "validation_freq": 2,
+    },
+    "validation_steps": lambda: {
+        "x": data()[0],
+        "y": data()[1],
+        "epochs": 2,
+        "validation_data": dataset(),
+        "validation_steps": 2,
+    },
     "sample_weight": lambda: {"x": data()[0], "y": data()[1], "sample_weight": np.linspace(0, 1, 40), "epochs": 2},
     "initial_epoch": lambda: {"x": data()[0], "y": data()[1], "epochs": 5, "initial_epoch": 3},
     "no_shuffle": lambda: {"x": data()[0], "y": data()[1], "epochs": 2, "shuffle": False},
@@ -143,7 +155,9 @@ def test_steps_run_many_in_a_call_unless_somebody_listens(monkeypatch):
 
     calls = []
     run = Step.run
-    monkeypatch.setattr(Step, "run", lambda self, iterator, first, count: calls.append(count) or run(self, iterator, first, count))
+    monkeypatch.setattr(
+        Step, "run", lambda self, iterator, first, count: calls.append(count) or run(self, iterator, first, count)
+    )
     x, y = data(8 * 60)
     trainrt.fit(make_model(), x, y, batch_size=8, verbose=0)
     assert sum(calls) == 60
@@ -184,8 +198,11 @@ def test_a_model_without_anything_to_train_is_left_to_keras_unless_more_was_aske
     model = make_model()
     model.trainable = False
     model.compile("sgd", "mse")
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match=".") as warned:
         trainrt.fit(model, *data(), verbose=0)
+    messages = [str(warning.message) for warning in warned]
+    assert any("does not have any trainable weights" in message for message in messages)
+    assert any("does not observe this run" in message for message in messages)
     with pytest.raises(ValueError, match=r"no trainable weights.*trainable = True"):
         trainrt.fit(model, *data(), verbose=0, logdir=tmp_path)
     assert not os.listdir(tmp_path)
@@ -201,7 +218,12 @@ BAD = {
     "clip_type": (make_model, {"clip": "1.0"}, TypeError, "global norm"),
     "clip_bool": (make_model, {"clip": True}, TypeError, "global norm"),
     "clip_class": (make_model, {"clip": trainrt.clip.GlobalNorm}, TypeError, "global norm"),
-    "clip_twice": (lambda: make_model(optimizer=keras.optimizers.SGD(clipnorm=1.0)), {"clip": 1.0}, ValueError, "twice"),
+    "clip_twice": (
+        lambda: make_model(optimizer=keras.optimizers.SGD(clipnorm=1.0)),
+        {"clip": 1.0},
+        ValueError,
+        "twice",
+    ),
     "observe_type": (make_model, {"observe": "yes"}, TypeError, "observe"),
     "observe_float": (make_model, {"observe": 2.0}, TypeError, "observe"),
     "observe_zero": (make_model, {"observe": 0}, ValueError, "observe=False"),
@@ -302,7 +324,9 @@ def test_a_sink_that_fails_is_left_out_and_the_training_goes_on():
 
 
 def test_history_carries_the_run_and_what_is_on_disk_is_the_same(tmp_path):
-    history = trainrt.fit(make_model(), *data(), batch_size=8, epochs=2, validation_split=0.2, verbose=0, logdir=tmp_path)
+    history = trainrt.fit(
+        make_model(), *data(), batch_size=8, epochs=2, validation_split=0.2, verbose=0, logdir=tmp_path
+    )
     disk = trainrt.Run.open(tmp_path)
     for name in ("update_ratio", "gradient_norm", "momentum_norm", "unchanged_share"):
         np.testing.assert_allclose(disk[name], history.run[name], rtol=1e-6)

@@ -1,6 +1,7 @@
 """What is observed is what happened: against NumPy, for any optimizer, however the step hands over its gradients."""
 
 import inspect
+import itertools
 
 import keras
 import numpy as np
@@ -36,7 +37,9 @@ class Twin(keras.callbacks.Callback):
 
 def _model(optimizer, **compiled):
     keras.utils.set_random_seed(3)
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, "tanh", name="hidden"), keras.layers.Dense(1, name="out")])
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(5, "tanh", name="hidden"), keras.layers.Dense(1, name="out")]
+    )
     model.compile(optimizer, "mse", **compiled)
     return model
 
@@ -65,7 +68,7 @@ def test_updates_and_weights_are_those_of_the_variables(kind, kernels, monkeypat
     run = history.run
     assert len(run) == 6
     assert [p.path for p in run.roster.parameters] == [v.path for v in history.model.trainable_variables]
-    for t, (before, after) in enumerate(zip(twin.weights, twin.weights[1:])):
+    for t, (before, after) in enumerate(itertools.pairwise(twin.weights)):
         for p, (old, new) in enumerate(zip(before, after, strict=True)):
             _close(run.moments("weight")[t, p], new)
             _close(run.moments("update")[t, p], new - old)
@@ -80,7 +83,9 @@ def test_every_slot_is_paired_with_its_weight(kind, kernels, monkeypatch):
     run, optimizer = history.run, history.model.optimizer
     last = twin.slots[-1]
     floating = {
-        v.path.rpartition("/")[2]: v for v in optimizer.variables if len(v.shape) and keras.backend.is_float_dtype(v.dtype)
+        v.path.rpartition("/")[2]: v
+        for v in optimizer.variables
+        if len(v.shape) and keras.backend.is_float_dtype(v.dtype)
     }
     seen = set()
     for slot in run.roster.slots:
@@ -174,7 +179,9 @@ def test_a_loss_scale_is_divided_out():
 
 def test_sparse_gradients_are_measured_as_the_dense_ones_they_stand_for():
     keras.utils.set_random_seed(5)
-    model = keras.Sequential([keras.Input((3,)), keras.layers.Embedding(10, 4, name="words"), keras.layers.Flatten(), keras.layers.Dense(1)])
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Embedding(10, 4, name="words"), keras.layers.Flatten(), keras.layers.Dense(1)]
+    )
     model.compile(keras.optimizers.SGD(1.0), "mse")
     x = np.array([[1, 1, 2], [2, 3, 1]])
     before = model.layers[0].embeddings.numpy()

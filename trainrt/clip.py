@@ -87,8 +87,8 @@ def resolve(clip: float | Clip | None) -> Clip | None:
         return GlobalNorm(_positive("clip", clip))
     if isinstance(clip, type) or not callable(clip):
         raise TypeError(
-            "`clip` must be a number (the global norm), a clip such as trainrt.clip.WeightNorm(1.0), or a callable from "
-            f"moments [P, 6] to scales [P]. Received: clip={clip!r} of type {type(clip).__name__}."
+            "`clip` must be a number (the global norm), a clip such as trainrt.clip.WeightNorm(1.0), or a callable "
+            f"from moments [P, 6] to scales [P]. Received: clip={clip!r} of type {type(clip).__name__}."
         )
     return clip
 

@@ -140,6 +140,19 @@ def reduce_logs(values, strategy):
     return tf_trainer.reduce_per_replica(values, strategy, reduction="auto")
 
 
+def build_optimizer(model: keras.Model) -> None:
+    """Builds the optimizer as its first `apply` would, where that is sure to get all weights of the model.
+
+    A step whose trace makes variables is traced twice by TensorFlow; one that finds them is traced once.
+    """
+    optimizer, kind = model.optimizer, type(model)
+    sure = model.built and kind.__module__.startswith("keras.") and has_keras_train_step(model)
+    if sure and model.trainable_weights and isinstance(optimizer, keras.optimizers.Optimizer) and not optimizer.built:
+        with keras.name_scope(optimizer.name, caller=optimizer):
+            optimizer.build(model.trainable_weights)
+        optimizer.built = True
+
+
 def compiled_loss(model: keras.Model):
     """The `loss` that was given to `compile`, for the passport."""
     return getattr(getattr(model, "_compile_loss", None), "_user_loss", None)

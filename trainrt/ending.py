@@ -15,7 +15,7 @@ import tensorflow as tf
 from trainrt.findings import Finding, diagnose
 from trainrt.findings.render import render
 from trainrt.record import Epoch, Roster
-from trainrt.recorder import HOST_SCALARS, Recorder
+from trainrt.recorder import Recorder
 from trainrt.run import Run
 from trainrt.sinks import Sink
 from trainrt.sinks.memory import Memory
@@ -64,6 +64,7 @@ class Report(contextlib.AbstractContextManager):
         self._recorder = Recorder(roster, environment, self._sinks, RECORD_BYTES)
 
     def push(self, first: int, every: int, vectors: tf.Tensor, begun: float, ended: float) -> None:
+        assert self._recorder is not None, "open() comes first"
         self._recorder.push(first, every, vectors, begun, ended)
         self._last_step = first + int(vectors.shape[0]) - 1
 
@@ -82,11 +83,13 @@ class Report(contextlib.AbstractContextManager):
             self._end = {"how": how, "detail": "" if interrupted else f"{kind.__name__}: {error}"[:2000]}
         if self._recorder is None:
             self.open(None, {})
-        self._recorder.drain()
+        recorder = self._recorder
+        assert recorder is not None
+        recorder.drain()
         run = self._memory.run()
-        self.findings = diagnose(run) if len(run) else []
+        self.findings = diagnose(run) if run is not None and len(run) else []
         end = {**self._end, "step": self._last_step, "wall_time": time.time()}
-        self._recorder.close([finding.to_dict() for finding in self.findings], end)
+        recorder.close([finding.to_dict() for finding in self.findings], end)
         self.run = self._memory.run()
 
     def show(self) -> None:

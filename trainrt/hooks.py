@@ -10,8 +10,8 @@ _HOOKS = ("on_train_batch_begin", "on_train_batch_end", "on_batch_begin", "on_ba
 def listens_to_batches(callbacks: keras.callbacks.CallbackList) -> bool:
     """Whether a callback of the user's has to be called at every batch.
 
-    Keras's progress bar only displays, and a checkpoint that is saved once an epoch does nothing in between: for these a
-    call now and then is enough.
+    Keras's progress bar only displays, and a checkpoint that is saved once an epoch does nothing in between: for these
+    a call now and then is enough.
     """
     return any(_listens(callback) for callback in callbacks.callbacks)
 

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainrt import arguments, doors, environment, ending
+from trainrt import arguments, doors, ending, environment
 from trainrt.arguments import Request
 from trainrt.batches import Batches, Execution
 from trainrt.clip import Clip
@@ -63,7 +63,8 @@ def fit(
       observe: True observes every step, an int n every n-th, False none. It never changes the training.
       deterministic: Not built yet.
       trace: Not built yet.
-      on_nonfinite: "report" goes on as Keras does and says where the first NaN was. "skip" and "stop" are not built yet.
+      on_nonfinite: "report" goes on as Keras does and says where the first NaN was. "skip" and "stop" are not built
+        yet.
       sinks: More places for the record, see `trainrt.sinks.Sink`.
 
     Returns:
@@ -185,7 +186,7 @@ class _Training:
         self._pace = Pace()
         self._request = request
         self._step: Step | None = None
-        self._logs: dict = {}
+        self._logs: Any = {}
         self.step = 0
         self.report = Report(request.logdir, request.sinks)
 
@@ -219,9 +220,9 @@ class _Training:
     def _overrun(self, iterator) -> None:
         """Runs Keras's own step once into the end of the data, as Keras does when it does not know where that is.
 
-        The step fails for want of a batch, but what does not depend on one has happened by then: `optimizer.iterations`
-        is one higher, seeds have moved on, weights have decayed once more (seen in Keras 3.12 to 3.15). Whoever wants the
-        same bits needs the same step too much.
+        The step fails for want of a batch, but what does not depend on one has happened by then:
+        `optimizer.iterations` is one higher, seeds have moved on, weights have decayed once more (seen in Keras 3.12 to
+        3.15). Whoever wants the same bits needs the same step too much.
         """
         model = self._model
         if self._step is None or model.run_eagerly or model.steps_per_execution > 1:
@@ -250,14 +251,14 @@ class _Training:
         except tf.errors.OutOfRangeError:
             return 0
         ended = time.time()
-        self._pace.took(outcome.count, ended - begun)
-        if outcome.count:
+        self._pace.took(outcome.steps, ended - begun)
+        if outcome.steps:
             self._logs = outcome.logs
             self._open()
-            if outcome.vectors is not None and self._step.every:
+            if outcome.vectors is not None:
                 self.report.push(self.step, self._step.every, outcome.vectors, begun, ended)
-            self.step += outcome.count
-        return outcome.count
+            self.step += outcome.steps
+        return outcome.steps
 
     def _prepared(self, iterator) -> Step:
         """The step, traced; that of an earlier fit when the model is still as it was compiled then."""
@@ -265,6 +266,7 @@ class _Training:
         key = (self._request.clip, self._request.every)
         made = getattr(function, "_trainrt", None)
         if made is None or made[0] != key:
+            doors.build_optimizer(self._model)
             step = Step(self._model, *key)
             function._trainrt = (key, step)
         step = function._trainrt[1]
@@ -281,12 +283,13 @@ class _Training:
         unseen = self._step.unseen if self._step else "the model has a train function of its own"
         if unseen and self._request.every:
             warnings.warn(
-                f"trainrt does not observe this run, it only trains it: {unseen}. No gradients or updates are recorded.",
+                f"trainrt does not observe this run, it only trains it: {unseen}. No gradients are recorded.",
                 stacklevel=5,
             )
         roster = self._step.roster if self._step else None
         passport = environment.passport(self._model, self._given)
-        self.report.open(roster, {**passport, "observed": not unseen, "unobserved_because": unseen})
+        updates = self._step.paths if self._step else {}
+        self.report.open(roster, {**passport, "observed": roster is not None, "unobserved": unseen, "updates": updates})
 
     def _run_own(self, iterator, count: int) -> int:
         """One execution of a `train_function` that the user made."""

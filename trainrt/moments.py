@@ -33,17 +33,20 @@ def measure(tensors: Sequence[tf.Tensor | None], kernels: bool = False) -> tf.Te
       [P, 6] float64, columns as in `record.DEVICE_MOMENTS`. The row of a `None`, or of a tensor that is not floating
       point, is NaN: not measured is not zero.
     """
-    kept = [i for i, t in enumerate(tensors) if t is not None and t.dtype.is_floating]
-    if not kept:
+    present = {i: t for i, t in enumerate(tensors) if t is not None and t.dtype.is_floating}
+    if not present:
         return _unmeasured(len(tensors), len(DEVICE_MOMENTS))
-    known = [tensors[i] for i in kept]
+    kept, known = list(present), list(present.values())
     native_rows = kernels and all(t.dtype in NATIVE_DTYPES for t in known)
     rows = native.measure(known) if native_rows else _Rows.of(known).moments()
     return _spread(rows, kept, len(tensors))
 
 
 def measure_update(
-    before: Sequence[tf.Tensor], after: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor | None], kernels: bool = False
+    before: Sequence[tf.Tensor],
+    after: Sequence[tf.Tensor],
+    gradients: Sequence[tf.Tensor | None],
+    kernels: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Moments of `after - before`, and what it has to do with the gradient.
 
@@ -57,13 +60,13 @@ def measure_update(
         picked = ([part[i] for i in kept] for part in (before, after, gradients))
         update, joint = native.measure_update(*picked)
         return _spread(update, kept, len(after)), _spread(joint, kept, len(after))
-    updates = [after[i] - before[i] if i in kept else None for i in range(len(after))]
-    paired = [i for i in kept if gradients[i] is not None]
+    updates = {i: after[i] - before[i] for i in kept}
+    paired = {i: tf.cast(g, after[i].dtype) for i, g in enumerate(gradients) if g is not None and i in updates}
     joint = _unmeasured(len(after), 2)
     if paired:
-        gradient = _Rows.of([tf.cast(gradients[i], updates[i].dtype) for i in paired])
-        joint = _spread(gradient.with_update(_Rows.of([updates[i] for i in paired])), paired, len(after))
-    return measure(updates), joint
+        rows = _Rows.of(list(paired.values())).with_update(_Rows.of([updates[i] for i in paired]))
+        joint = _spread(rows, list(paired), len(after))
+    return measure([updates.get(i) for i in range(len(after))]), joint
 
 
 def _unmeasured(count: int, columns: int) -> tf.Tensor:
@@ -144,7 +147,7 @@ class _Rows:
         )
 
     def with_update(self, update: _Rows) -> tf.Tensor:
-        """[P, 2]: these are gradients; their inner product with the update, and how often it is zero and they are not."""
+        """[P, 2]: the inner product of these gradients and the update, and how often only the update is zero."""
         product = tf.cast(self.rows, tf.float64) * tf.cast(update.rows, tf.float64)
         rounded = tf.logical_and(tf.not_equal(self.rows, 0), tf.equal(update.rows, 0))
         return self._fold([tf.reduce_sum(product, axis=1), tf.reduce_sum(tf.cast(rounded, tf.float32), axis=1)])

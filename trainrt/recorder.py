@@ -65,7 +65,7 @@ class Recorder:
         self._thread.start()
 
     def push(self, first: int, every: int, vectors: tf.Tensor, begun: float, ended: float) -> None:
-        """A chunk of steps that ran from `begun` to `ended` (seconds since the epoch), the first one numbered `first`."""
+        """A chunk of steps, the first one numbered `first`, that ran from `begun` to `ended` (seconds since 1970)."""
         self._queue.put(_Chunk(first, every, vectors, begun, ended))
 
     def epoch(self, epoch: Epoch) -> None:
@@ -174,7 +174,8 @@ class _Windows:
     """Merges steps into windows that widen as the run grows, so that a record of any length stays within a budget.
 
     The first `per_width` windows hold one step, the next as many hold two, then four, and so on: 24 doublings are more
-    steps than anybody trains. A step with something non-finite keeps a window of its own, for the first `per_width` such.
+    steps than anybody trains. A step with something non-finite keeps a window of its own, for the first `per_width`
+    such.
     """
 
     DOUBLINGS = 24

@@ -26,18 +26,19 @@ class Outcome(NamedTuple):
     """What a call of `Step.run` did.
 
     Attributes:
-      count: Steps that ran; fewer than asked for when the data ended.
+      steps: How many ran; fewer than asked for when the data ended.
       logs: What the last step returned, as tensors; None when no step ran.
-      vectors: [count, D] float64, a row a step as `Observer.pack` made it; a row of zeros for a step not observed.
+      vectors: [steps, D] float64, a row a step as `Observer.pack` made it, zeros for a step not observed; None when
+        nothing is observed.
     """
 
-    count: int
+    steps: int
     logs: dict | None
     vectors: tf.Tensor | None
 
 
 class Step:
-    """Runs `model.train_step` on an iterator.
+    """Runs `model.train_step` on the batches of an iterator.
 
     Args:
       model: A compiled model.
@@ -45,6 +46,7 @@ class Step:
       every: Observe every n-th step; 0 observes none.
 
     Attributes:
+      every: As given; 0 when nothing can be observed.
       roster: The names along the axes of the vectors; None when nothing is observed.
       unseen: Why nothing is observed, though it was asked for.
       paths: The optimizer's name -> "fused", or why the optimizer's own `apply` runs.
@@ -54,24 +56,22 @@ class Step:
         self._model = model
         self._clip = clip
         self._strategy = model.distribute_strategy
+        self._several = self._strategy.num_replicas_in_sync > 1
         self._optimizers = doors.optimizers(model)
-        self.every = every
-        self.unseen: str | None = None
-        self.roster: Roster | None = None
-        if every and self._strategy.num_replicas_in_sync > 1:
-            self._blind("several replicas are not observed yet")
-        self._kernels = not model.jit_compile and self._strategy.num_replicas_in_sync == 1 and native.load() is not None
-        self.paths: dict[str, str] = {}
+        self._kernels = not model.jit_compile and not self._several and native.load() is not None
         self._width = 0
-        self._chunk = None
+        self.every = every
+        self.roster: Roster | None = None
+        self.unseen: str | None = None
+        self.paths: dict[str, str] = {}
         self._plain = self._compiled(measuring=False)
-        self._observed = self._compiled(measuring=True) if self.every else None
-
-    def _blind(self, reason: str) -> None:
-        self.unseen, self.every, self.roster = reason, 0, None
+        self._observed = self._compiled(measuring=True)
+        if every and self._several:
+            self.unseen, self.every = "several replicas are not observed yet", 0
+        self._chunk = _function(self._one if self._several else self._loop)
 
     def _compiled(self, measuring: bool):
-        """One step on a batch -> (logs, vector), as Keras wraps it."""
+        """One step on a batch -> (logs, vector), wrapped as Keras wraps it."""
         model, strategy = self._model, self._strategy
 
         def replica_step(data):
@@ -80,12 +80,11 @@ class Step:
                 logs = model.train_step(data)
             self.paths = observer.paths
             if not measuring:
-                return logs, tf.zeros([0], tf.float64)
+                return logs, tf.zeros([self._width], tf.float64)
             vector = observer.pack(logs)
-            if observer.unseen:
-                self.unseen = observer.unseen
-            else:
-                self.roster = observer.roster()
+            self.unseen = observer.unseen
+            self.roster = None if self.unseen else observer.roster()
+            self._width = vector.shape[0]
             return logs, vector
 
         @tf.autograph.experimental.do_not_convert
@@ -93,111 +92,94 @@ class Step:
             outputs = strategy.run(replica_step, args=(data,))
             return doors.reduce_logs(outputs, strategy)
 
-        if not model.run_eagerly:
-            one_step = _function(one_step, jit_compile=model.jit_compile)
-
-        @tf.autograph.experimental.do_not_convert
-        def without_optionals(data):
-            return one_step(keras.tree.map_structure(_none_for_optional, data))
-
-        without_optionals.function = one_step
-        return without_optionals
+        return one_step if model.run_eagerly else _function(one_step, jit_compile=model.jit_compile)
 
     def prepare(self, element_spec) -> None:
         """Traces the step, which builds what is not built yet; after it `roster` or `unseen` is known.
 
-        Under `run_eagerly` there is nothing to trace: the roster is known after the first step.
+        Under `run_eagerly` there is nothing to trace: they are known after the first step.
         """
         if self._model.run_eagerly:
             return
-        spec = keras.tree.map_structure(_none_for_optional, element_spec)
+        spec = _without_optionals(element_spec)
         if self.every:
-            _, vector = self._observed.function.get_concrete_function(spec).structured_outputs
-            self._width = vector.shape[0]
+            self._observed.get_concrete_function(spec)
             if self.unseen:
-                self._blind(self.unseen)
+                self._see_nothing()
         if self.every != 1:
-            self._plain.function.get_concrete_function(spec)
-        if self._chunk is None:
-            loop = self._loop if self._strategy.num_replicas_in_sync == 1 else self._single
-            self._chunk = _function(loop)
+            self._plain.get_concrete_function(spec)
+
+    def _see_nothing(self) -> None:
+        """Goes on with the step as it was traced, though it has nothing to show: a trace more may draw random numbers."""
+        self.every, self._plain = 0, self._observed
 
     @property
     def most(self) -> int:
         """Most steps of one call, so that what waits on the device stays bounded."""
         return max(1, CHUNK_BYTES // max(8 * self._width, 1))
 
-    def run(self, iterator, first: int, count: int) -> Outcome:
-        """Runs up to `count` steps.
+    def run(self, iterator, first: int, steps: int) -> Outcome:
+        """Runs up to `steps` steps.
 
         Args:
           iterator: A `tf.data` or distributed iterator.
           first: Number of the first of them in the run; says which ones `every` observes.
-          count: How many steps; at most `most`.
+          steps: How many; at most `most`.
         """
         if self._model.run_eagerly:
-            return self._run_eagerly(iterator, first, count)
-        if self._strategy.num_replicas_in_sync > 1:
-            return self._run_replicas(iterator, count)
-        ran, logs, vectors = self._chunk(iterator, tf.constant(first, tf.int64), tf.constant(count))
-        ran = int(ran)
-        return Outcome(ran, logs if ran else None, vectors[:ran] if self.every and ran < count else vectors)
+            return self._run_eagerly(iterator, first, steps)
+        if self._several:
+            return self._run_replicas(iterator, steps)
+        count, logs, vectors = self._chunk(iterator, tf.constant(first, tf.int64), tf.constant(steps))
+        ran = int(count)
+        return Outcome(ran, logs if ran else None, vectors[:ran] if self.every else None)
 
     @tf.autograph.experimental.do_not_convert
-    def _loop(self, iterator, first, count):
-        spec = iterator.element_spec
+    def _loop(self, iterator, first, steps):
+        """Steps until there are `steps` of them or the data ends -> (how many, last logs, [steps, D] vectors)."""
+        spec = _without_optionals(iterator.element_spec)
         step = self._observed if self.every else self._plain
-        concrete = step.function.get_concrete_function(keras.tree.map_structure(_none_for_optional, spec))
-        empty = keras.tree.map_structure(_empty, concrete.structured_outputs[0])
-        vectors = tf.TensorArray(tf.float64, size=count, element_shape=[self._width]) if self.every else ()
+        logs_spec = step.get_concrete_function(spec).structured_outputs[0]
+        rows = tf.TensorArray(tf.float64, size=steps if self.every else 0, element_shape=[self._width])
 
-        def one(data, ran):
+        def one(batch, ran):
+            data = _without_optionals(batch.get_value())
             if self.every <= 1:
                 return step(data)
-
-            def unobserved():
-                return self._plain(data)[0], tf.zeros([self._width], tf.float64)
-
             observed = tf.equal((first + tf.cast(ran, tf.int64)) % self.every, 0)
-            return tf.cond(observed, lambda: step(data), unobserved)
+            return tf.cond(observed, lambda: self._observed(data), lambda: self._plain(data))
 
-        def body(ran, more, logs, vectors):
+        def body(ran, more, logs, rows):
             batch = iterator.get_next_as_optional()
             more = batch.has_value()
-
-            def train():
-                return one(batch.get_value(), ran)
-
-            def keep():
-                return logs, tf.zeros([self._width], tf.float64)
-
-            logs, vector = tf.cond(more, train, keep)
+            unchanged = (logs, tf.zeros([self._width], tf.float64))
+            logs, row = tf.cond(more, lambda: one(batch, ran), lambda: unchanged)
             if self.every:
-                vectors = vectors.write(ran, vector)
-            return ran + tf.cast(more, tf.int32), more, logs, vectors
+                rows = rows.write(ran, row)
+            return ran + tf.cast(more, tf.int32), more, logs, rows
 
-        ran, _, logs, vectors = tf.while_loop(
-            lambda ran, more, *_: tf.logical_and(ran < count, more),
+        ran, _, logs, rows = tf.while_loop(
+            lambda ran, more, *_: tf.logical_and(ran < steps, more),
             body,
-            (tf.constant(0), tf.constant(True), empty, vectors),
+            (tf.constant(0), tf.constant(True), keras.tree.map_structure(_empty, logs_spec), rows),
             shape_invariants=(
                 tf.TensorShape([]),
                 tf.TensorShape([]),
-                keras.tree.map_structure(lambda t: t.shape, concrete.structured_outputs[0]),
-                tf.TensorShape(None) if self.every else (),
+                keras.tree.map_structure(lambda tensor: tensor.shape, logs_spec),
+                tf.TensorShape(None),
             ),
         )
-        return ran, logs, vectors.stack() if self.every else tf.zeros([0, 0], tf.float64)
+        return ran, logs, rows.stack()
 
     @tf.autograph.experimental.do_not_convert
-    def _single(self, iterator):
-        return self._plain(iterator.get_next())[0]
+    def _one(self, iterator):
+        return self._plain(_without_optionals(iterator.get_next()))[0]
 
-    def _run_replicas(self, iterator, count: int) -> Outcome:
-        """One call a step: TensorFlow's collectives take their keys at the call, and a `tf.cond` or `tf.while_loop` around
-        them loses these (a placeholder that is never fed, TF 2.21)."""
+    def _run_replicas(self, iterator, steps: int) -> Outcome:
+        """One call a step: TensorFlow's collectives take their keys at the call, and a `tf.cond` or `tf.while_loop`
+        around them loses these (a placeholder that is never fed, TF 2.21)."""
         logs, ran = None, 0
-        while ran < count:
+        while ran < steps:
             try:
                 logs = self._chunk(iterator)
             except tf.errors.OutOfRangeError:
@@ -205,38 +187,31 @@ class Step:
             ran += 1
         return Outcome(ran, logs, None)
 
-    def _run_eagerly(self, iterator, first: int, count: int) -> Outcome:
-        logs, vectors, ran = None, [], 0
-        for ran, data in enumerate(_upto(iterator, count), start=1):
-            observed = self.every and (first + ran - 1) % self.every == 0
-            logs, vector = (self._observed if observed else self._plain)(data)
-            if self.unseen and self.every:
-                self._blind(self.unseen)
+    def _run_eagerly(self, iterator, first: int, steps: int) -> Outcome:
+        logs, vectors = None, []
+        for number in range(first, first + steps):
+            batch = iterator.get_next_as_optional()
+            if not batch.has_value():
+                break
+            observed = self.every and number % self.every == 0
+            logs, vector = (self._observed if observed else self._plain)(_without_optionals(batch.get_value()))
+            if observed and self.unseen:
+                self._see_nothing()
             vectors.append(vector)
-        if not self.every or not ran:
-            return Outcome(ran, logs, None)
-        self._width = max(v.shape[0] for v in vectors)
-        zeros = tf.zeros([self._width], tf.float64)
-        return Outcome(ran, logs, tf.stack([v if v.shape[0] else zeros for v in vectors]))
+        return Outcome(len(vectors), logs, tf.stack(vectors) if self.every and vectors else None)
 
 
 def _function(python_function, **options):
-    """A `tf.function` that counts its own traces only. TensorFlow counts by code object, and warns of the fifth model."""
+    """A `tf.function` that counts its own traces only: TensorFlow counts by code object, and warns of a fifth one."""
     return tf.function(functools.partial(python_function), reduce_retracing=True, **options)
 
 
-def _upto(iterator, count: int):
-    for _ in range(count):
-        batch = iterator.get_next_as_optional()
-        if not batch.has_value():
-            return
-        yield batch.get_value()
-
-
-def _none_for_optional(item):
+def _without_optionals(data):
     """Keras's generator adapter stands an Optional where the user's batch has None."""
-    return None if isinstance(item, (tf.experimental.Optional, tf.OptionalSpec)) else item
+    optional = (tf.experimental.Optional, tf.OptionalSpec)
+    return keras.tree.map_structure(lambda item: None if isinstance(item, optional) else item, data)
 
 
-def _empty(tensor):
-    return tf.zeros([d or 0 for d in tensor.shape], tensor.dtype) if tensor.shape.rank is not None else tf.zeros([], tensor.dtype)
+def _empty(tensor: tf.Tensor) -> tf.Tensor:
+    """Stands for the logs of a step before there was one."""
+    return tf.zeros([size or 0 for size in tensor.shape] if tensor.shape.rank else [], tensor.dtype)

@@ -1,11 +1,12 @@
 """Read a tensor of the step without changing how TensorFlow computes it.
 
 Grappler, TensorFlow's graph optimizer, regroups sums and products: `lr * (a * b)` becomes `(lr * a) * b` when nothing
-else reads `a * b`. One more reader, and the bits of the update are others. So a tensor that such an op makes is not read;
-the op is made again, for the reader alone, with a mark on it that keeps the two from being merged.
+else reads `a * b`. One more reader, and the bits of the update are others. So a tensor that such an op makes is not
+read; the op is made again, for the reader alone, with a mark on it that keeps the two from being merged.
 
-Found with the arithmetic optimizer's own log on SGD and the scale of a BatchNormalization; the stages that look at the
-number of readers are MinimizeBroadcasts, AddOpsRewrite and HoistCommonFactorOutOfAggregation, for the ops in `REGROUPED`.
+Found with the arithmetic optimizer's own log on SGD and the scale of a BatchNormalization. The stages that look at the
+number of readers are MinimizeBroadcasts, AddOpsRewrite and HoistCommonFactorOutOfAggregation, for the ops in
+`REGROUPED`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def tap(tensor: tf.Tensor | None, depth: int = _DEPTH) -> tf.Tensor | None:
     if op.type not in REGROUPED:
         return tensor
     inputs = [tap(t, depth - 1) for t in op.inputs]
-    copy = tf.raw_ops.AddN(inputs=inputs) if op.type == "AddN" else getattr(tf.raw_ops, op.type)(x=inputs[0], y=inputs[1])
+    copy = (
+        tf.raw_ops.AddN(inputs=inputs) if op.type == "AddN" else getattr(tf.raw_ops, op.type)(x=inputs[0], y=inputs[1])
+    )
     copy.op._set_attr("_trainrt_tap", attr_value_pb2.AttrValue(b=True))
     return copy
 

@@ -1,9 +1,10 @@
 """Stand where gradients are handed over, and measure what the optimizer did with them.
 
-`optimizer.apply` is public, and every Keras train step, custom ones too, ends there. `Observer.watch` replaces it on the
-instance while the step is traced (or, under `run_eagerly`, while it runs) and takes it away again. What happens inside is
-the optimizer's own `apply`, called with the very gradients, so nothing of the training changes; the update is the
-weight after minus the weight before, never a reconstruction from the slots.
+`optimizer.apply` is public, and every Keras train step, custom ones too, ends there. `Observer.watch` replaces it on
+the instance while the step is traced (or, under `run_eagerly`, while it runs) and takes it away again. What happens
+inside is the optimizer's own `apply`, called with the very gradients, or a fused update that computes the same bits, so
+nothing of the training changes; the update is the weight after minus the weight before, never a reconstruction from the
+slots.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class Observer:
         variables = list(trainable_variables) if given else doors.trained_variables(optimizer)
         kernels = self._kernels and not any("GPU" in doors.raw(v).device for v in variables)
         way = fused.plan(optimizer, variables, gradients) if kernels else "the native kernels are not used here"
-        if not isinstance(way, str) and type(optimizer) is keras.optimizers.SGD and any(map(taps.is_regrouped, gradients)):
+        folds = type(optimizer) is keras.optimizers.SGD and any(taps.is_regrouped(g) for g in gradients)
+        if folds and not isinstance(way, str):
             way = "TensorFlow folds the learning rate of SGD into a gradient"
         self.paths[optimizer.name] = way if isinstance(way, str) else "fused"
         loss_scale = _loss_scale(optimizer)
@@ -215,7 +217,7 @@ class Observer:
         if not self._applies:
             self.unseen = "the step hands no gradients to an optimizer that is an attribute of the model"
         elif here is not None and any(call.joint.graph is not here for call in self._applies):
-            self.unseen = "the step calls `optimizer.apply` inside a `tf.cond`, `tf.while_loop` or `tf.function` of its own"
+            self.unseen = "`optimizer.apply` is called inside a `tf.cond`, `tf.while_loop` or `tf.function` of the step"
         if here is not None:
             self._losses = {k: v for k, v in self._losses.items() if getattr(v, "graph", here) is here}
         return self.unseen is None
@@ -278,7 +280,8 @@ def _own_clip(optimizer, measured: tf.Tensor) -> tf.Tensor | None:
 
 def _parameter(variable) -> Parameter:
     path = getattr(variable, "path", None) or variable.name.split(":")[0]
-    return Parameter(path, path.rpartition("/")[0] or path, tuple(variable.shape), keras.backend.standardize_dtype(variable.dtype))
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return Parameter(path, path.rpartition("/")[0] or path, tuple(variable.shape), dtype)
 
 
 def _value(variable) -> tf.Tensor | None:
@@ -289,7 +292,7 @@ def _value(variable) -> tf.Tensor | None:
 
 
 def _dense(gradient, variable) -> tf.Tensor | None:
-    """The gradient as a dense tensor of the weight's shape: rows of a sparse one that have the same index are summed."""
+    """The gradient as a dense tensor of the weight's shape; rows of a sparse one with the same index are summed."""
     if isinstance(gradient, tf.IndexedSlices):
         gradient = tf.math.unsorted_segment_sum(gradient.values, gradient.indices, variable.shape[0])
     return None if gradient is None else tf.reshape(taps.tap(gradient), variable.shape)

@@ -1,0 +1,177 @@
+"""What a step costs: `model.fit`, `model.fit` with its best `steps_per_execution`, and `trainrt.fit`.
+
+    python benchmarks/step.py [--workloads tiny small ...] [--rounds 5] [--json FILE]
+
+Each round trains every mode once, in an order that is shuffled anew, on a model that has been traced before; the
+printed figure is the median over rounds of that round's ratio to bare `model.fit`. `on` observes every step, clips by
+the global norm and writes a log directory; `off` is `observe=False`. `first` is the ratio of the very first call,
+tracing and all. Wall times of other machines, and of this one an hour later, differ; ratios of one run may be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import trainrt
+
+layers = keras.layers
+
+
+class Workload(NamedTuple):
+    """A model and its data: `steps` steps take Keras about a second."""
+
+    build: Callable[[], keras.Model]
+    data: Callable[[np.random.Generator, int], tuple]
+    batch: int
+    steps: int
+    loss: str = "mse"
+
+
+def mlp(inputs: int, *widths: int) -> Callable[[], keras.Model]:
+    def build():
+        hidden = [layers.Dense(width, "relu") for width in widths]
+        return keras.Sequential([keras.Input((inputs,)), *hidden, layers.Dense(10, "softmax")])
+
+    return build
+
+
+def cnn():
+    return keras.Sequential(
+        [
+            keras.Input((32, 32, 3)),
+            layers.Conv2D(16, 3, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(32, 3, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+            layers.Dense(64, "relu"),
+            layers.Dense(10, "softmax"),
+        ]
+    )
+
+
+def lstm():
+    return keras.Sequential(
+        [keras.Input((32,), dtype="int32"), layers.Embedding(5000, 64), layers.LSTM(64), layers.Dense(10, "softmax")]
+    )
+
+
+def transformer():
+    inputs = keras.Input((32,), dtype="int32")
+    x = layers.Embedding(2000, 64)(inputs)
+    for _ in range(2):
+        attended = layers.MultiHeadAttention(4, 16)(x, x)
+        x = layers.LayerNormalization()(x + attended)
+        x = layers.LayerNormalization()(x + layers.Dense(64)(layers.Dense(256, "gelu")(x)))
+    return keras.Model(inputs, layers.Dense(10, "softmax")(layers.GlobalAveragePooling1D()(x)))
+
+
+def vectors(size: int):
+    return lambda rng, n: (rng.normal(size=(n, size)).astype("float32"), rng.integers(0, 10, n))
+
+
+def images(rng, n):
+    return rng.normal(size=(n, 32, 32, 3)).astype("float32"), rng.integers(0, 10, n)
+
+
+def tokens(vocabulary: int):
+    return lambda rng, n: (rng.integers(0, vocabulary, (n, 32)).astype("int32"), rng.integers(0, 10, n))
+
+
+WORKLOADS = {
+    "tiny": Workload(mlp(64, 128, 128), vectors(64), 32, 1500),
+    "small": Workload(mlp(256, 512, 256), vectors(256), 32, 500),
+    "mlp4m": Workload(mlp(1024, 2048, 1024), vectors(1024), 64, 40),
+    "mlp20m": Workload(mlp(2048, 4096, 2816), vectors(2048), 64, 12),
+    "cnn": Workload(cnn, images, 32, 80),
+    "lstm": Workload(lstm, tokens(5000), 32, 60),
+    "transformer": Workload(transformer, tokens(2000), 32, 60),
+}
+BEST_EXECUTION = 64
+
+
+def modes(logdir: str) -> dict[str, tuple[dict, Callable]]:
+    """Mode -> what it compiles with, and how it fits."""
+    return {
+        "keras": ({}, lambda model, *a, **k: model.fit(*a, **k)),
+        "keras_best": ({"steps_per_execution": BEST_EXECUTION}, lambda model, *a, **k: model.fit(*a, **k)),
+        "off": ({}, lambda model, *a, **k: trainrt.fit(model, *a, observe=False, **k)),
+        "on": ({}, lambda model, *a, **k: trainrt.fit(model, *a, clip=1.0, logdir=logdir, **k)),
+    }
+
+
+def measure(workload: Workload, rounds: int, logdir: str) -> dict:
+    x, y = workload.data(np.random.default_rng(0), workload.batch * workload.steps)
+    ready = {}
+    first = {}
+    for name, (compiled, fit) in modes(logdir).items():
+        keras.utils.set_random_seed(0)
+        model = workload.build()
+        model.compile("adam", "sparse_categorical_crossentropy", **compiled)
+        begun = time.perf_counter()
+        few = workload.batch * 2
+        fit(model, x[:few], y[:few], batch_size=workload.batch, verbose=0)
+        first[name] = time.perf_counter() - begun
+        fit(model, x, y, batch_size=workload.batch, verbose=0)
+        ready[name] = (model, fit)
+    ratios: dict[str, list[float]] = {name: [] for name in ready}
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(rounds):
+        took = {}
+        for name in random.sample(list(ready), len(ready)):
+            model, fit = ready[name]
+            begun = time.perf_counter()
+            fit(model, x, y, batch_size=workload.batch, verbose=0)
+            took[name] = time.perf_counter() - begun
+        for name, value in took.items():
+            ratios[name].append(value / took["keras"])
+            seconds[name].append(value / workload.steps)
+    best = [on / best for on, best in zip(seconds["on"], seconds["keras_best"], strict=True)]
+    return {
+        "parameters": ready["keras"][0].count_params(),
+        "keras_ms": 1e3 * statistics.median(seconds["keras"]),
+        **{name: statistics.median(values) for name, values in ratios.items() if name != "keras"},
+        "spread": {name: [min(v), max(v)] for name, v in ratios.items() if name != "keras"},
+        "on_to_best": statistics.median(best),
+        "on_to_off": statistics.median([a / b for a, b in zip(seconds["on"], seconds["off"], strict=True)]),
+        "first": first["on"] / first["keras"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} cores; model.fit = 1")
+    columns = ("off", "on", "keras_best", "on_to_best", "on_to_off", "first")
+    print(f"{'workload':12} {'weights':>10} {'keras ms':>9} " + " ".join(f"{c:>10}" for c in columns), flush=True)
+    results = {}
+    for name in arguments.workloads:
+        with tempfile.TemporaryDirectory() as logdir:
+            result = results[name] = measure(WORKLOADS[name], arguments.rounds, logdir)
+        figures = " ".join(f"{result[c]:10.2f}" for c in columns)
+        print(f"{name:12} {result['parameters']:10,} {result['keras_ms']:9.2f} {figures}", flush=True)
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(results, file, indent=1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
