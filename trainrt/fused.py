@@ -202,7 +202,7 @@ def plan(
 
 
 def _refusal(optimizer, variables: list, jit_compile: bool) -> str | None:
-    kind = type(optimizer)
+    kind: Any = type(optimizer)
     if kind not in RULES:
         return f"{_name(kind)} has no fused update"
     if stranger := matched.stranger(kind):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+from typing import Any
 
 from keras.src.optimizers import base_optimizer
 
@@ -39,7 +40,7 @@ METHODS = frozenset((*_OWN, *_SHARED)) - {"apply"}
 """What an instance may not replace: `apply` it may, since that is where observers stand."""
 
 
-def digests(kind: type) -> dict[str, str]:
+def digests(kind: Any) -> dict[str, str]:
     """Qualified name of each function that matters to an optimizer class -> digest of its source."""
     functions = [getattr(kind, name) for name in (*_OWN, *_SHARED)] + [kind.iterations.fget]
     functions += [getattr(base_optimizer, name) for name in _FREE]
@@ -47,7 +48,7 @@ def digests(kind: type) -> dict[str, str]:
 
 
 @functools.cache
-def stranger(kind: type) -> str | None:
+def stranger(kind: Any) -> str | None:
     """The first function of the class that is not one of those matched; None if all are."""
     try:
         found = digests(kind)
