@@ -8,6 +8,10 @@ TensorFlow ops that Keras uses, so that their bits agree.
 This holds for the exact optimizer types in `RULES`, while the Keras source that was matched is the one installed
 (`matched.py`), and for options that `plan` does not refuse. Everything else takes the generic path, which is always
 right: `optimizer.apply`, then `native.measure_update`.
+
+A step that XLA compiles takes no fused update. An op of ours cannot be inside the cluster; outside of it every gradient
+would have to be written to memory and read again, while XLA fuses the optimizer's elementwise ops, and statistics in
+plain ops beside them, into passes that read them where they are made.
 """
 
 from __future__ import annotations
