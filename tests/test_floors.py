@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "trainrt"
 FLOORS = (
     {"record", "digits"},
     {"statistics", "events", "synthetic", "digest"},
-    {"run", "doors", "native", "clip", "taps", "matched"},
+    {"run", "doors", "native", "clip", "taps", "resident", "matched"},
     {"findings", "moments"},
     {"fused"},
     {"update"},

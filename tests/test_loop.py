@@ -344,10 +344,10 @@ def test_two_runs_never_share_a_directory(tmp_path):
 
 
 def test_stock_tensorboard_shows_the_plain_scalars(tmp_path):
-    from tensorboard.backend.event_processing import event_accumulator
+    from tensorboard.backend.event_processing import plugin_event_accumulator
 
     history = trainrt.fit(make_model(), *data(), batch_size=8, epochs=2, verbose=0, logdir=tmp_path, clip=0.1)
-    reader = event_accumulator.EventAccumulator(str(history.run.path), size_guidance={"tensors": 0})
+    reader = plugin_event_accumulator.EventAccumulator(str(history.run.path), size_guidance={"tensors": 0})
     reader.Reload()
     tags = set(reader.Tags()["tensors"])
     wanted = {

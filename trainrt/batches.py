@@ -7,8 +7,10 @@ from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import keras
+import tensorflow as tf
 
 from trainrt import doors
+from trainrt.resident import BATCH_BYTES, TOTAL_BYTES, Resident
 
 
 class Execution(NamedTuple):
@@ -39,7 +41,7 @@ class Batches:
         self._model = model
         self._steps_per_epoch = steps_per_epoch
         self._adapter = doors.data_adapter(steps_per_epoch=steps_per_epoch, **data)
-        self._dataset = doors.distributed(model, self._adapter.get_tf_dataset())
+        self._source = self._resident() or doors.distributed(model, self._adapter.get_tf_dataset())
         self._size = self._adapter.num_batches
         self._iterator: Iterator | None = None
         self._seen = 0
@@ -51,7 +53,16 @@ class Batches:
 
     @property
     def element_spec(self):
-        return self._dataset.element_spec
+        return self._source.element_spec
+
+    def _resident(self) -> Resident | None:
+        """The data as arrays that the compiled loop reads by itself, where that is possible and pays."""
+        model = self._model
+        own_loop = not model.run_eagerly and not doors.makes_own_train_function(model)
+        if not own_loop or doors.made_under_strategy(model) or tf.distribute.has_strategy():
+            return None
+        arrays = doors.dense_arrays(self._adapter, TOTAL_BYTES, BATCH_BYTES)
+        return Resident(*arrays) if arrays else None
 
     def reset(self) -> None:
         self._iterator = None
@@ -61,7 +72,7 @@ class Batches:
 
     def __iter__(self):
         """As Keras's symbolic build reads it: one batch is enough for it."""
-        yield 0, 0, iter(self._dataset)
+        yield 0, 0, iter(self._source)
 
     def epoch(self) -> Generator[Execution, tuple[int, bool], None]:
         """Yields where the epoch stands; is sent how many executions ran there and whether the data ended in them."""
@@ -69,8 +80,7 @@ class Batches:
         self._adapter.on_epoch_begin()
         limit = self._steps_per_epoch or self._size
         if self._iterator is None or self._steps_per_epoch is None or not limit:
-            self._iterator = iter(self._dataset)
-            self._seen = 0
+            self._begin()
         begin = 0
         while not limit or begin < limit:
             if self._size and self._seen >= self._size:
@@ -89,9 +99,12 @@ class Batches:
                 self._adapter.on_epoch_end()
                 return
         if self._size and self._seen >= self._size:
-            self._iterator = iter(self._dataset)
-            self._seen = 0
+            self._begin()
         self._adapter.on_epoch_end()
+
+    def _begin(self) -> None:
+        self._iterator = self._source.epoch() if isinstance(self._source, Resident) else iter(self._source)
+        self._seen = 0
 
     def _warn_interrupted(self) -> None:
         warnings.warn(

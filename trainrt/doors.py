@@ -8,6 +8,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 |---|---|---|
 | `TensorFlowTrainer` | is it a model that `fit` can train; is its `make_train_function` its own | a public trainer protocol |
 | `data_adapters.get_data_adapter` | x, y, sample_weight to the dataset that `Model.fit` reads | a public `keras.utils` function for it |
+| `ArrayDataAdapter` and four of its attributes, `array_slicing.convert_to_sliceable` | arrays that the loop reads itself; without them, Keras's dataset | nothing, it only saves time |
 | `array_slicing.train_validation_split` | `validation_split` | the same |
 | `data_adapter_utils.unpack_x_y_sample_weight` | `validation_data` | `keras.utils.unpack_x_y_sample_weight`, for tuples only |
 | `TFEpochIterator`, `model._eval_epoch_iterator` | `evaluate` inside `fit` builds its dataset once | a public way to pass an iterator to `evaluate` |
@@ -29,6 +30,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 if keras.backend.backend() != "tensorflow":
     raise RuntimeError(
@@ -39,7 +41,7 @@ if keras.backend.backend() != "tensorflow":
 import tensorflow as tf
 from keras.src.backend.tensorflow import trainer as tf_trainer
 from keras.src.trainers import data_adapters
-from keras.src.trainers.data_adapters import array_slicing, data_adapter_utils
+from keras.src.trainers.data_adapters import array_data_adapter, array_slicing, data_adapter_utils
 
 
 def is_trainer(model: Any) -> bool:
@@ -65,6 +67,29 @@ def makes_own_train_function(model: keras.Model) -> bool:
 def data_adapter(**arguments):
     """Keras's adapter of x, y, sample_weight; has get_tf_dataset, num_batches, on_epoch_begin and on_epoch_end."""
     return data_adapters.get_data_adapter(**arguments)
+
+
+def dense_arrays(adapter, most_bytes: int, batch_bytes: int) -> tuple[Any, int, int, bool] | None:
+    """What an adapter of arrays holds, as dense tensors on the host: (arrays, samples, batch size, shuffle).
+
+    None for an adapter of anything else, for sparse or ragged arrays, for shuffling within batches, and for more bytes
+    in all or in a batch than given.
+    """
+    if type(adapter) is not array_data_adapter.ArrayDataAdapter or adapter._shuffle == "batch":
+        return None
+    samples, batch_size = adapter._num_samples, adapter._batch_size
+    sizes = [getattr(a, "nbytes", most_bytes + 1) for a in keras.tree.flatten(adapter._inputs) if a is not None]
+    if sum(sizes) > most_bytes or sum(sizes) * batch_size > batch_bytes * samples:
+        return None
+    with tf.device("CPU"):
+        arrays = keras.tree.lists_to_tuples(
+            array_slicing.convert_to_sliceable(adapter._inputs, target_backend="tensorflow")
+        )
+        leaves = keras.tree.flatten(arrays)
+        if not all(a is None or isinstance(a, (np.ndarray, tf.Tensor)) for a in leaves):
+            return None
+        arrays = keras.tree.map_structure(lambda a: None if a is None else tf.convert_to_tensor(a), arrays)
+    return arrays, samples, batch_size, bool(adapter._shuffle)
 
 
 def distributed(model: keras.Model, dataset):

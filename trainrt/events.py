@@ -121,15 +121,16 @@ def encode_end(how: str, detail: str = "", *, step: int = 0, wall_time: float | 
 
 
 def encode_scalars(step: int, wall_time: float | None, scalars: Mapping[str, float]) -> bytes:
-    """Scalars for TensorBoard's own pages, tag -> value."""
-    values = []
+    """Scalars for TensorBoard's own pages, tag -> value.
+
+    As `simple_value`, which both of TensorBoard's readers take for a tensor with the metadata of a scalar, and which
+    costs a tenth of it: these are written for every window.
+    """
+    event = event_pb2.Event(step=step, wall_time=_now(wall_time))
+    add = event.summary.value.add
     for tag, value in scalars.items():
-        # The data server drops scalars that are not of rank 0.
-        tensor = tensor_pb2.TensorProto(
-            dtype=types_pb2.DT_FLOAT, tensor_shape=tensor_shape_pb2.TensorShapeProto(), float_val=[float(value)]
-        )
-        values.append(_value(tag, tensor, "scalars", summary_pb2.DATA_CLASS_SCALAR))
-    return _event(values, step, wall_time)
+        add(tag=tag, simple_value=value)
+    return event.SerializeToString()
 
 
 def encode_text(step: int, wall_time: float | None, tag: str, markdown: str) -> bytes:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from trainrt import doors, native
+from trainrt import doors, native, resident
 from trainrt.clip import Clip
 from trainrt.record import Roster
 from trainrt.update import Observer
@@ -68,7 +68,8 @@ class Step:
         self._observed = self._compiled(measuring=True)
         if every and self._several:
             self.unseen, self.every = "several replicas are not observed yet", 0
-        self._chunk = _function(self._one if self._several else self._loop)
+        self._chunk = _function(self._one if self._several else self._iterated)
+        self._chunks: dict[tuple, tf.types.experimental.PolymorphicFunction] = {}
 
     def _compiled(self, measuring: bool):
         """One step on a batch -> (logs, vector), wrapped as Keras wraps it."""
@@ -110,7 +111,7 @@ class Step:
             self._plain.get_concrete_function(spec)
 
     def _see_nothing(self) -> None:
-        """Goes on with the step as it was traced, though it has nothing to show: a trace more may draw random numbers."""
+        """Goes on with the step that was traced, though it shows nothing: one trace more could draw random numbers."""
         self.every, self._plain = 0, self._observed
 
     @property
@@ -130,30 +131,68 @@ class Step:
             return self._run_eagerly(iterator, first, steps)
         if self._several:
             return self._run_replicas(iterator, steps)
-        count, logs, vectors = self._chunk(iterator, tf.constant(first, tf.int64), tf.constant(steps))
+        begin, most = tf.constant(first, tf.int64), tf.constant(steps)
+        if isinstance(iterator, resident.Epoch):
+            most = tf.constant(min(steps, iterator.left))
+            batch = tf.constant(iterator.batch, tf.int64)
+            chunk = self._gathering(iterator)
+            count, logs, vectors = chunk(iterator.arrays, iterator.order, batch, begin, most)
+            iterator.batch += int(count)
+        else:
+            count, logs, vectors = self._chunk(iterator, begin, most)
         ran = int(count)
         return Outcome(ran, logs if ran else None, vectors[:ran] if self.every else None)
 
+    def _gathering(self, epoch: resident.Epoch):
+        """The compiled loop for batches of this size and shape."""
+        key = (epoch.batch_size, *keras.tree.flatten(epoch.element_spec))
+        if key not in self._chunks:
+            python_function = functools.partial(self._gathered, epoch.batch_size, epoch.element_spec)
+            self._chunks[key] = _function(python_function)
+        return self._chunks[key]
+
     @tf.autograph.experimental.do_not_convert
-    def _loop(self, iterator, first, steps):
-        """Steps until there are `steps` of them or the data ends -> (how many, last logs, [steps, D] vectors)."""
-        spec = _without_optionals(iterator.element_spec)
+    def _iterated(self, iterator, first, steps):
+        """Up to `steps` steps on what the iterator gives."""
+
+        def one(ran, train, keep):
+            batch = iterator.get_next_as_optional()
+            more = batch.has_value()
+            logs, row = tf.cond(more, lambda: train(_without_optionals(batch.get_value())), lambda: keep)
+            return more, logs, row
+
+        return self._loop(iterator.element_spec, one, first, steps)
+
+    @tf.autograph.experimental.do_not_convert
+    def _gathered(self, batch_size, element_spec, arrays, order, batch, first, steps):
+        """`steps` steps on batches of resident arrays, from number `batch` of the epoch on."""
+
+        def one(ran, train, keep):
+            number = batch + tf.cast(ran, tf.int64)
+            return True, *train(resident.gather(arrays, order, number, batch_size, element_spec))
+
+        return self._loop(element_spec, one, first, steps)
+
+    def _loop(self, element_spec, one, first, steps):
+        """Steps until there are `steps` of them or the data ends -> (how many, last logs, [steps, D] vectors).
+
+        Args:
+          one: (steps so far, train, keep) -> (whether there was a batch, logs, row): `train(batch)`, or `keep`.
+        """
+        spec = _without_optionals(element_spec)
         step = self._observed if self.every else self._plain
         logs_spec = step.get_concrete_function(spec).structured_outputs[0]
         rows = tf.TensorArray(tf.float64, size=steps if self.every else 0, element_shape=[self._width])
 
-        def one(batch, ran):
-            data = _without_optionals(batch.get_value())
+        def train(data, ran):
             if self.every <= 1:
                 return step(data)
             observed = tf.equal((first + tf.cast(ran, tf.int64)) % self.every, 0)
             return tf.cond(observed, lambda: self._observed(data), lambda: self._plain(data))
 
         def body(ran, more, logs, rows):
-            batch = iterator.get_next_as_optional()
-            more = batch.has_value()
-            unchanged = (logs, tf.zeros([self._width], tf.float64))
-            logs, row = tf.cond(more, lambda: one(batch, ran), lambda: unchanged)
+            keep = (logs, tf.zeros([self._width], tf.float64))
+            more, logs, row = one(ran, lambda data: train(data, ran), keep)
             if self.every:
                 rows = rows.write(ran, row)
             return ran + tf.cast(more, tf.int32), more, logs, rows
