@@ -365,3 +365,23 @@ def test_stock_tensorboard_shows_the_plain_scalars(tmp_path):
     assert wanted <= tags
     loss = [tf.make_ndarray(e.tensor_proto) for e in reader.Tensors("train/loss")]
     np.testing.assert_allclose(loss, history.run.scalar("loss"), rtol=1e-6)
+
+
+def test_what_is_found_is_said_once_under_the_bar_and_again_at_the_end(digits, monkeypatch, capsys):
+    from trainrt import demo, ending
+
+    monkeypatch.setattr(ending, "FIRST_LOOK_S", 0.0)
+    history = trainrt.fit(demo.build(), *digits, batch_size=8, epochs=30, verbose=2, clip=1e-5)
+    lines = capsys.readouterr().out.splitlines()
+    said = [i for i, line in enumerate(lines) if line.startswith("trainrt: error: learning_rate (clip_too_tight)")]
+    assert len(said) == 1
+    assert lines[said[0] + 1].startswith("Epoch "), "it stands between two epochs"
+    assert history.findings[0].causes[0] == "clip_too_tight"
+    assert any("clip_too_tight" in line for line in lines[said[0] + 1 :])
+
+
+def test_verbose_0_says_nothing(digits, capsys):
+    from trainrt import demo
+
+    trainrt.fit(demo.build(), *digits, batch_size=8, epochs=30, verbose=0, clip=1e-5)
+    assert capsys.readouterr().out == ""

@@ -13,13 +13,16 @@ from typing import Any
 import tensorflow as tf
 
 from trainrt.findings import Finding, diagnose
-from trainrt.findings.render import render
+from trainrt.findings.render import printable, render
 from trainrt.record import Epoch, Roster
 from trainrt.recorder import Recorder
 from trainrt.run import Run
 from trainrt.sinks import Sink
 from trainrt.sinks.memory import Memory
 from trainrt.sinks.tensorboard import TensorBoard, run_directory
+
+FIRST_LOOK_S = 2.0
+"""Seconds before the record is looked at for the first time: what is over by then is told at the end."""
 
 RECORD_BYTES = 256 << 20
 """Most bytes of a run's record, of any length."""
@@ -51,6 +54,8 @@ class Report(contextlib.AbstractContextManager):
         self._sinks = (self._memory, *self._files, *sinks)
         self._recorder: Recorder | None = None
         self._last_step = 0
+        self._next_look = time.monotonic() + FIRST_LOOK_S
+        self._said: set[tuple] = set()
         self._end = {"how": "finished", "detail": ""}
         self.run: Run | None = None
         self.findings: list[Finding] = []
@@ -72,6 +77,20 @@ class Report(contextlib.AbstractContextManager):
         if self._recorder is not None:
             self._recorder.epoch(epoch)
 
+    def look(self) -> list[Finding]:
+        """What is wrong so far and has not been said yet; looks only as often as costs a hundredth of the training."""
+        begun = time.monotonic()
+        if self._recorder is None or begun < self._next_look:
+            return []
+        self._recorder.drain()
+        run = self._memory.run()
+        found = diagnose(run) if run is not None and len(run) else []
+        new = [f for f in found if f.severity != "info" and (f.rule, f.causes[:1]) not in self._said]
+        self._said.update((f.rule, f.causes[:1]) for f in new)
+        now = time.monotonic()
+        self._next_look = now + 100 * (now - begun)
+        return new
+
     def finished(self, stopped: bool) -> None:
         """The training came to its end, or `model.stop_training` was set."""
         self._end = {"how": "stopped" if stopped else "finished", "detail": ""}
@@ -91,6 +110,11 @@ class Report(contextlib.AbstractContextManager):
         end = {**self._end, "step": self._last_step, "wall_time": time.time()}
         recorder.close([finding.to_dict() for finding in self.findings], end)
         self.run = self._memory.run()
+
+    def tell(self) -> None:
+        """Prints a line for each thing that is wrong and has not been said yet, under the progress bar of an epoch."""
+        for finding in self.look():
+            print(f"trainrt: {printable(str(finding))}")
 
     def show(self) -> None:
         """Prints what was found, and how to look at it."""

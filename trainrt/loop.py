@@ -141,6 +141,8 @@ def fit(
             callbacks.on_epoch_end(epoch, epoch_logs)
             training.report.epoch(Epoch(epoch, training.step - 1, ending.floats(epoch_logs)))
             training_logs = epoch_logs
+            if verbose:
+                training.report.tell()
             if model.stop_training:
                 break
         if isinstance(model.optimizer, keras.optimizers.Optimizer) and epochs > 0:
