@@ -232,3 +232,29 @@ def test_demo_refuses_a_directory_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["demo", "--logdir", str(tmp_path / "file" / "x")]) == BAD_INPUT
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_kernels_are_built_shown_and_removed(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorflow")
+    from trainrt import native
+
+    if native.status().compiler is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("TRAINRT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRAINRT_KERNELS", raising=False)
+    assert main(["kernels", "clean"]) == 0
+    assert main(["kernels", "build"]) == 0
+    library = capsys.readouterr().out.splitlines()[-1]
+    assert library.startswith(str(tmp_path)[:20])
+    assert list((tmp_path / "cache").glob("ops-*.so"))
+    assert main(["kernels", "clean"]) == 0
+    assert not list((tmp_path / "cache").glob("ops-*.so"))
+
+
+def test_kernels_without_a_compiler_say_what_to_install(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorflow")
+    monkeypatch.setenv("TRAINRT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert main(["kernels", "build"]) == BAD_INPUT
+    assert "Install g++" in " ".join(capsys.readouterr().err.split())

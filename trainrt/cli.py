@@ -1,6 +1,6 @@
-"""The command line: `trainrt report`, `explain`, `demo`.
+"""The command line: `trainrt report`, `explain`, `demo`, `kernels`.
 
-Imports are inside the commands, so that each starts as fast as it can; only `demo` needs TensorFlow.
+Imports are inside the commands, so that each starts as fast as it can; `report` and `explain` need no TensorFlow.
 """
 
 from __future__ import annotations
@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--logdir", type=Path, default=Path("trainrt-demo"), help="where to write (%(default)s)")
     demo.add_argument("--epochs", type=_positive, default=None, help="epochs of each run")
     demo.set_defaults(command=_demo)
+
+    kernels = commands.add_parser("kernels", help="build the native kernels ahead, see where they stand, remove them")
+    kernels.add_argument("action", choices=("build", "status", "clean"))
+    kernels.add_argument("--force", action="store_true", help="build even if they are there")
+    kernels.add_argument("--target", default="native", help="for which processor: native, or a value for -march")
+    kernels.add_argument("--directory", type=Path, help="where to, instead of the user's cache; see TRAINRT_KERNELS")
+    kernels.set_defaults(command=_kernels)
     return parser
 
 
@@ -122,6 +129,27 @@ def _write_page(file: Path, logdir: Path, paths: list[Path], runs: list[Run]) ->
         return _refuse(f"{file} cannot be written: {error}")
     _say(f"{file} holds {len(runs)} run{'s' if len(runs) > 1 else ''}; open it in a browser.")
     return 0
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from trainrt import native
+
+    if options.action == "clean":
+        removed = native.clean()
+        _say(f"Removed {len(removed)} from {native.cache()}." if removed else f"Nothing to remove in {native.cache()}.")
+        return 0
+    if options.action == "build":
+        try:
+            _say(str(native.build(options.force, options.target, options.directory)))
+        except native.BuildError as error:
+            return _refuse(str(error))
+        return 0
+    status = native.status()
+    _say(f"library   {status.path or status.reason}")
+    _say(f"compiler  {status.compiler or 'none found'}")
+    _say(f"flags     {' '.join(status.flags)}")
+    return 0 if status.path else 1
 
 
 def _explain(options: argparse.Namespace) -> int:
