@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOME = {
     "fit": "trainrt.loop",
     "clip": "trainrt.clip",
+    "digits": "trainrt.digits",
     "Run": "trainrt.run",
     "Finding": "trainrt.findings",
     "diagnose": "trainrt.findings",
@@ -27,7 +28,7 @@ def __getattr__(name):
     if name not in _HOME:
         raise AttributeError(f"module 'trainrt' has no attribute {name!r}; it has {', '.join(__all__)}.")
     module = importlib.import_module(_HOME[name])
-    value = module if name == "clip" else getattr(module, name)
+    value = module if _HOME[name] == f"trainrt.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 
