@@ -168,7 +168,9 @@ def reduce_logs(values, strategy):
 def build_optimizer(model: keras.Model) -> None:
     """Builds the optimizer as its first `apply` would, where that is sure to get all weights of the model.
 
-    A step whose trace makes variables is traced twice by TensorFlow; one that finds them is traced once.
+    A step whose trace makes variables is traced twice by TensorFlow; one that finds them is traced once. Only for an
+    optimizer whose `build` does nothing but make variables: what else it does in the trace of Keras's own fit is thrown
+    away with that trace (`ScheduleFreeAdamW` means to start its momentum from the weights, and does not).
     """
     optimizer, kind = model.optimizer, type(model)
     sure = model.built and kind.__module__.startswith("keras.") and has_keras_train_step(model)

@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainrt import arguments, doors, ending, environment
+from trainrt import arguments, doors, ending, environment, fused, native
 from trainrt.arguments import Request
 from trainrt.batches import Batches, Execution
 from trainrt.clip import Clip
@@ -268,7 +268,10 @@ class _Training:
         key = (self._request.clip, self._request.every)
         made = getattr(function, "_trainrt", None)
         if made is None or made[0] != key:
-            doors.build_optimizer(self._model)
+            if type(self._model.optimizer) in fused.RULES:
+                doors.build_optimizer(self._model)
+            if self._given["verbose"] and native.status().pending:
+                print("trainrt: building its native kernels for this machine, once; about 10 s.", flush=True)
             step = Step(self._model, *key)
             function._trainrt = (key, step)
         step = function._trainrt[1]

@@ -40,6 +40,7 @@ from trainrt import record
 
 _LOST = "Statistics and updates run on TensorFlow's own ops, right but slower."
 _ARITHMETIC = ("-O3", "-fno-math-errno", "-fno-trapping-math")
+_PENDING = "The library is not built yet; the first run builds it, or `trainrt kernels build`."
 _UNITS = {"bind.cc": ("-O1",), "cpu.cc": ("-ffp-contract=off",), "blocks.cc": ("-ffp-contract=fast",)}
 """Each unit's own flags. Updates round after every operation, as TensorFlow's ops do; folds need not."""
 
@@ -66,6 +67,11 @@ class Status:
     compiler: str | None
     flags: tuple[str, ...]
     key: str
+
+    @property
+    def pending(self) -> bool:
+        """Whether the next `load` compiles the library."""
+        return self.path is None and self.reason == _PENDING
 
 
 class BuildError(RuntimeError):
@@ -187,7 +193,7 @@ def status() -> Status:
     compiler = _compiler()
     path, reason = _search(compiler)
     if path is None and reason is None:
-        reason = "The library is not built yet; the first run builds it, or `trainrt kernels build`."
+        reason = _PENDING
         if compiler is None:
             reason = f"No C++ compiler was found. {_LOST} Install g++ or set CXX."
     return _status(path, False, reason, compiler)
