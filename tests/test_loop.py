@@ -368,9 +368,9 @@ def test_stock_tensorboard_shows_the_plain_scalars(tmp_path):
 
 
 def test_what_is_found_is_said_once_under_the_bar_and_again_at_the_end(digits, monkeypatch, capsys):
-    from trainrt import demo, ending
+    from trainrt import demo, journal
 
-    monkeypatch.setattr(ending, "FIRST_LOOK_S", 0.0)
+    monkeypatch.setattr(journal, "FIRST_LOOK_S", 0.0)
     history = trainrt.fit(demo.build(), *digits, batch_size=8, epochs=30, verbose=2, clip=1e-5)
     lines = capsys.readouterr().out.splitlines()
     said = [i for i, line in enumerate(lines) if line.startswith("trainrt: error: learning_rate (clip_too_tight)")]

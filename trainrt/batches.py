@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterator
-from typing import NamedTuple
+from collections.abc import Generator
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -19,12 +19,12 @@ class Execution(NamedTuple):
     Attributes:
       begin: Index of the next batch in the epoch.
       available: How many executions may run before the next decision; None when nobody knows.
-      iterator: Where the batches come from.
+      iterator: Where the batches come from: a `tf.data` or distributed iterator, or a `resident.Epoch`.
     """
 
     begin: int
     available: int | None
-    iterator: Iterator
+    iterator: Any
 
 
 class Batches:
@@ -41,9 +41,9 @@ class Batches:
         self._model = model
         self._steps_per_epoch = steps_per_epoch
         self._adapter = doors.data_adapter(steps_per_epoch=steps_per_epoch, **data)
-        self._source = self._resident() or doors.distributed(model, self._adapter.get_tf_dataset())
+        self._source: Any = self._resident() or doors.distributed(model, self._adapter.get_tf_dataset())
         self._size = self._adapter.num_batches
-        self._iterator: Iterator | None = None
+        self._iterator: Any = None
         self._seen = 0
 
     @property

@@ -12,12 +12,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainrt import arguments, doors, ending, environment, fused, native
+from trainrt import arguments, doors, environment, fused, native
 from trainrt.arguments import Request
 from trainrt.batches import Batches, Execution
 from trainrt.clip import Clip
-from trainrt.ending import Report
-from trainrt.hooks import Pace, listens_to_batches
+from trainrt.journal import Journal, floats
+from trainrt.pace import Pace, listens_to_batches
 from trainrt.record import Epoch
 from trainrt.sinks import Sink
 from trainrt.step import Step
@@ -124,7 +124,7 @@ def fit(
     if model.built:
         arguments.check_trainable(model, request)
     training = _Training(model, batches, callbacks, request, given)
-    with training.report:
+    with training.journal:
         model.stop_training = False
         model.make_train_function()
         callbacks.on_train_begin()
@@ -139,21 +139,21 @@ def fit(
                 )
                 epoch_logs.update({f"val_{name}": value for name, value in validation.items()})
             callbacks.on_epoch_end(epoch, epoch_logs)
-            training.report.epoch(Epoch(epoch, training.step - 1, ending.floats(epoch_logs)))
+            training.journal.epoch(Epoch(epoch, training.step - 1, floats(epoch_logs)))
             training_logs = epoch_logs
             if verbose:
-                training.report.tell()
+                training.journal.tell()
             if model.stop_training:
                 break
         if isinstance(model.optimizer, keras.optimizers.Optimizer) and epochs > 0:
             model.optimizer.finalize_variable_values(model.trainable_weights)
         doors.drop_evaluation_iterator(model)
         callbacks.on_train_end(logs=training_logs)
-        training.report.finished(stopped=bool(model.stop_training))
+        training.journal.finished(stopped=bool(model.stop_training))
     history = model.history
-    history.run, history.findings = training.report.run, training.report.findings
+    history.run, history.findings = training.journal.run, training.journal.findings
     if verbose:
-        training.report.show()
+        training.journal.show()
     return history
 
 
@@ -170,7 +170,7 @@ class _Training:
 
     Attributes:
       step: Number of the next step in the run.
-      report: Where the record goes.
+      journal: Where the record goes.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class _Training:
         self._step: Step | None = None
         self._logs: Any = {}
         self.step = 0
-        self.report = Report(request.logdir, request.sinks)
+        self.journal = Journal(request.logdir, request.sinks)
 
     def epoch(self) -> dict:
         """Trains on one epoch; returns its logs as Keras reports them."""
@@ -258,7 +258,7 @@ class _Training:
             self._logs = outcome.logs
             self._open()
             if outcome.vectors is not None:
-                self.report.push(self.step, self._step.every, outcome.vectors, begun, ended)
+                self.journal.push(self.step, self._step.every, outcome.vectors, begun, ended)
             self.step += outcome.steps
         return outcome.steps
 
@@ -282,7 +282,7 @@ class _Training:
 
     def _open(self) -> None:
         """Opens the record, once the step has been traced (or has run, when eager) and its weights are known."""
-        if self.report.open_already:
+        if self.journal.open_already:
             return
         arguments.check_trainable(self._model, self._request)
         unseen = self._step.unseen if self._step else "the model has a train function of its own"
@@ -294,7 +294,9 @@ class _Training:
         roster = self._step.roster if self._step else None
         passport = environment.passport(self._model, self._given)
         updates = self._step.paths if self._step else {}
-        self.report.open(roster, {**passport, "observed": roster is not None, "unobserved": unseen, "updates": updates})
+        self.journal.open(
+            roster, {**passport, "observed": roster is not None, "unobserved": unseen, "updates": updates}
+        )
 
     def _run_own(self, iterator, count: int) -> int:
         """One execution of a `train_function` that the user made."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from trainrt.run import Run
 class Memory:
     """A sink whose `run()` is the run so far."""
 
-    def __init__(self, path: str | None = None):
+    def __init__(self, path: str | os.PathLike | None = None):
         self._path = path
         self._roster: Roster | None = None
         self._environment: Mapping[str, Any] = {}
@@ -25,7 +26,10 @@ class Memory:
         self._roster, self._environment = roster, environment
 
     def write(self, item: Record | Epoch) -> None:
-        (self._epochs if isinstance(item, Epoch) else self._records).append(item)
+        if isinstance(item, Epoch):
+            self._epochs.append(item)
+        else:
+            self._records.append(item)
 
     def close(self, findings: Sequence[Mapping[str, Any]], end: Mapping[str, Any]) -> None:
         self._findings, self._end = findings, end

@@ -171,8 +171,27 @@ def hyperparameters(environment: Mapping[str, Any]) -> dict[str, bool | int | fl
 
 
 _NOT_HYPER = frozenset(
-    "name logdir verbose x y callbacks validation_data sinks run_eagerly steps_per_execution initial_epoch observe "
-    "on_nonfinite trace validation_freq validation_steps validation_batch_size use_ema ema_momentum".split()
+    [
+        "name",
+        "logdir",
+        "verbose",
+        "x",
+        "y",
+        "callbacks",
+        "validation_data",
+        "sinks",
+        "run_eagerly",
+        "steps_per_execution",
+        "initial_epoch",
+        "observe",
+        "on_nonfinite",
+        "trace",
+        "validation_freq",
+        "validation_steps",
+        "validation_batch_size",
+        "use_ema",
+        "ema_momentum",
+    ]
 )
 _PARTS = ("data_loss", "added_loss", "regularization_loss")
 

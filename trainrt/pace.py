@@ -1,4 +1,4 @@
-"""Does anybody listen to batches? Only then must the loop come back to Python for each of them."""
+"""How many steps to run in one call: as many as fit a moment, unless somebody listens to each of them."""
 
 from __future__ import annotations
 

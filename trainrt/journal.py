@@ -28,7 +28,7 @@ RECORD_BYTES = 256 << 20
 """Most bytes of a run's record, of any length."""
 
 
-class Report(contextlib.AbstractContextManager):
+class Journal(contextlib.AbstractContextManager):
     """As a context: whatever ends the training, the record is complete and says how it ended.
 
     Args:
