@@ -96,7 +96,6 @@ class Loaded:
         self._provider = data_provider
         self._experiment = experiment
         self._context = context.RequestContext()
-        self._folder = tempfile.TemporaryDirectory(prefix="trainrt-")
         self._state: dict[str, tuple] = {}
 
     def _listing(self) -> dict:
@@ -118,9 +117,11 @@ class Loaded:
             downsample=10**9,
             run_tag_filter=provider.RunTagFilter(runs=[name], tags=list(tags)),
         )
-        file = Path(tempfile.mkdtemp(dir=self._folder.name)) / events.file_name()
-        file.write_bytes(b"".join(map(events.frame, _events(read.get(name, {})))))
-        return Run.open(file)
+        # A run keeps its file open, so the name may go at once and nothing is left behind.
+        with tempfile.TemporaryDirectory(prefix="trainrt-") as folder:
+            file = Path(folder) / events.file_name()
+            file.write_bytes(b"".join(map(events.frame, _events(read.get(name, {})))))
+            return Run.open(file)
 
     def stale(self, name: str, run: Run) -> bool:
         return _state(self._listing()[name]) != self._state.get(name)

@@ -145,8 +145,8 @@ def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:
     steps = finding.get("steps")
     whole = isinstance(steps, list | tuple) and len(steps) == 2 and all(isinstance(s, int) for s in steps)
     evidence = finding.get("evidence")
-    consequences = evidence.get("consequences") if isinstance(evidence, Mapping) else None
-    consequences = consequences if isinstance(consequences, list) else []
+    followed = evidence.get("consequences") if isinstance(evidence, Mapping) else None
+    consequences: list[Any] = followed if isinstance(followed, list) else []
     return {
         "rule": str(finding.get("rule", "")),
         "severity": _level(finding) if _level(finding) in ("error", "warning") else "info",
