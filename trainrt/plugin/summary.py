@@ -142,8 +142,8 @@ def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:
     def strings(value) -> list[str]:
         return [str(item) for item in value] if isinstance(value, list | tuple) else []
 
-    steps = finding.get("steps")
-    whole = isinstance(steps, list | tuple) and len(steps) == 2 and all(isinstance(s, int) for s in steps)
+    given = finding.get("steps")
+    steps = [s for s in given if isinstance(s, int)] if isinstance(given, list | tuple) else []
     evidence = finding.get("evidence")
     followed = evidence.get("consequences") if isinstance(evidence, Mapping) else None
     consequences: list[Any] = followed if isinstance(followed, list) else []
@@ -153,7 +153,7 @@ def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:
         "confidence": finding.get("confidence") if isinstance(finding.get("confidence"), int | float) else None,
         "causes": [plain(cause) for cause in strings(finding.get("causes"))],
         "where": strings(finding.get("where")),
-        "steps": [int(s) for s in steps] if whole else None,
+        "steps": steps if len(steps) == 2 else None,
         "message": str(finding.get("message", "")),
         "advice": strings(finding.get("advice")),
         "consequences": [

@@ -18,7 +18,7 @@ export function short(x) {
 export const count = (n) => Number(n).toLocaleString('en-US');
 
 export function duration(seconds) {
-  if (!(seconds >= 0)) return '';
+  if (typeof seconds !== 'number' || !(seconds >= 0)) return '';
   if (seconds < 90) return `${Number(seconds.toPrecision(2))} s`;
   if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
   return `${Number((seconds / 3600).toPrecision(2))} h`;

@@ -178,34 +178,36 @@ class Page {
 
   // Asks for the pictures of the place and draws them.
   async refresh() {
-    const { run, place, source } = this;
+    const { run } = this;
     if (!run || run.unreadable) return;
     const asked = (this.asked += 1);
-    this.heads();
-    if (!run.windows) {
-      this.sections.hidden = true;
-      this.status.hidden = true;
-      this.done();
-      return;
+    try {
+      this.heads();
+      if (run.windows) await this.pictures(asked);
+      else {
+        this.sections.hidden = this.status.hidden = true;
+      }
+      if (asked === this.asked) this.done();
+    } catch (error) {
+      if (asked === this.asked) this.fail(error);
     }
+  }
+
+  async pictures(asked) {
+    const { run, place, source } = this;
     this.sections.hidden = false;
     const width = (this.measured = this.width), columns = Math.max(100, Math.min(1000, Math.round((width - 120) / 2)));
     const [first, last] = [place.first ?? run.steps[0], place.last ?? run.steps[1]];
     const labels = run.rows[place.group].map((r) => r.path), rows = [...chosen(labels, place.rows)].slice(0, MOST);
     const view = { run: run.name, group: place.group, first, last, columns };
-    try {
-      const [picture, scalars, lines] = await Promise.all([
-        source.map({ ...view, statistic: place.statistic }), source.scalars(view),
-        rows.length ? source.lines({ ...view, rows: rows.join(','), statistics: statisticsOf(run).join(',') }) : null]);
-      if (asked !== this.asked) return;
-      this.shown = { picture, scalars, lines, labels, rows };
-      this.status.hidden = true;
-      this.redraw();
-      await this.compare(view, picture, asked);
-      if (asked === this.asked) this.done();
-    } catch (error) {
-      if (asked === this.asked) this.fail(error);
-    }
+    const [picture, scalars, lines] = await Promise.all([
+      source.map({ ...view, statistic: place.statistic }), source.scalars(view),
+      rows.length ? source.lines({ ...view, rows: rows.join(','), statistics: statisticsOf(run).join(',') }) : null]);
+    if (asked !== this.asked) return;
+    this.shown = { picture, scalars, lines, labels, rows };
+    this.status.hidden = true;
+    this.redraw();
+    await this.compare(view, picture, asked);
   }
 
   redraw() {

@@ -1,0 +1,286 @@
+"""The page as a user meets it: in TensorBoard, in a real browser."""
+
+import re
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from trainrt import report_html
+from trainrt.run import Run
+
+from .conftest import Writer
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+MAP = 'canvas[aria-label="Map of layers and steps"]'
+LEFT, RIGHT, TOP = 190, 14, 14
+HOSTILE = "<img src=x onerror=\"document.body.dataset.owned='1'\">"
+
+
+def pixel(tab, x, y, selector=MAP):
+    """[r, g, b] of a point of a canvas, in CSS pixels."""
+    return tab.frame.locator(selector).evaluate(
+        "(c, [x, y]) => { const r = c.width / c.clientWidth;"
+        "return [...c.getContext('2d').getImageData(x * r, y * r, 1, 1).data].slice(0, 3); }",
+        [x, y],
+    )
+
+
+def width_of(tab):
+    return tab.frame.locator(MAP).evaluate("c => c.clientWidth")
+
+
+def at_step(tab, step, steps):
+    """The x of a step in a map of all `steps`."""
+    return LEFT + (width_of(tab) - LEFT - RIGHT) * (step + 0.5) / steps
+
+
+def audit(tab):
+    """Violations that axe finds in the page's own frame."""
+    axe = pytest.importorskip("axe_playwright_python.base", reason="axe is missing: pip install trainrt[browser]")
+    tab.inner.evaluate(axe.AXE_SCRIPT)
+    found = tab.inner.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    return [(v["id"], [node["html"][:120] for node in v["nodes"]]) for v in found["violations"]]
+
+
+def test_a_plain_tensorboard_shows_the_verdict(tab, server):
+    page = tab().go(server)
+    assert page.page.get_by_role("tab", name="Training").count()
+    assert page.text("h1") == "Likely cause: clip too tight"
+    assert "clip=" in page.text(".try")
+    assert page.frame.get_by_role("img", name="Error").count()
+    order = page.frame.locator("h1, h2").all_inner_texts()
+    assert [*order[:3], order[-1]] == ["Likely cause: clip too tight", "Map", "Curves", "Passport"]
+    page.keep("verdict")
+
+
+def test_too_low_and_fine_read_at_once(tab, server, logdir):
+    page = tab().go(server)
+    red, _, blue = pixel(page, LEFT + 300, TOP + 15)
+    assert blue > red + 50, "a strangled layer is blue"
+    name = next(p for p in logdir.glob("healthy/*")).relative_to(logdir).as_posix()
+    page.after(lambda: page.frame.get_by_label("Run", exact=True).select_option(name))
+    assert page.text("h1") == "No rule found a fault"
+    rgb = pixel(page, LEFT + 300, TOP + 15)
+    assert min(rgb) > 190, "a learning layer is pale"
+
+
+def test_a_finding_leads_to_its_steps_and_layers(tab, server):
+    page = tab().go(server)
+    page.after(lambda: page.frame.locator(".findings button").first.click())
+    assert page.frame.locator(".chip").count() == 3
+    assert page.frame.locator(".findings button").first.get_attribute("aria-expanded") == "true"
+    assert "finding=0" in page.page.url
+    page.keep("finding")
+    again = tab().go(server, page.page.url.replace(server.url, ""))
+    assert again.frame.locator(".chip").count() == 3
+    assert again.frame.locator(".findings .body").first.is_visible()
+
+
+def test_the_pointer_tells_numbers(tab, server, logdir):
+    page = tab().go(server)
+    run = Run.open(next(logdir.glob("stagnating/*"))).by_layer()
+    page.frame.locator(MAP).hover(position={"x": at_step(page, 60, 135), "y": TOP + 34 + 10})
+    tip = page.frame.locator(".tip").first.inner_text()
+    assert all(words in tip for words in ("digits/hidden", "step 60", "too low"))
+    told, power = re.search(r"([\d.]+)·10⁻(.)", tip).groups()
+    assert float(told) * 10 ** -"⁰¹²³⁴⁵⁶⁷⁸⁹".index(power) == pytest.approx(run["update_ratio"][60, 1], rel=0.06)
+
+
+def test_dragging_zooms_and_a_double_click_shows_everything(tab, server):
+    page = tab().go(server)
+    box = page.frame.locator(MAP).bounding_box()
+    a, b = box["x"] + at_step(page, 30, 135), box["x"] + at_step(page, 60, 135)
+
+    def drag():
+        page.page.mouse.move(a, box["y"] + 40)
+        page.page.mouse.down()
+        page.page.mouse.move((a + b) / 2, box["y"] + 44, steps=4)
+        page.page.mouse.move(b, box["y"] + 44, steps=4)
+        page.page.mouse.up()
+
+    page.after(drag)
+    assert page.text(".range").startswith("steps 30 to 60")
+    page.after(lambda: page.frame.locator(MAP).dblclick(position={"x": 600, "y": 40}))
+    assert page.text(".range").startswith("steps 0 to 134")
+
+
+def test_the_map_is_used_by_keyboard(tab, server):
+    page = tab().go(server)
+    chart = page.frame.locator(MAP)
+    chart.focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+        chart.press(key)
+    said = page.frame.locator(".heatmap .unseen").first
+    assert said.inner_text().startswith("digits/hidden, step 2")
+    page.after(lambda: chart.press("Enter"))
+    assert "digits/hidden" in page.text(".chip")
+    page.after(lambda: chart.press("+"))
+    assert not page.text(".range").startswith("steps 0 to 134")
+    page.after(lambda: chart.press("Escape"))
+    assert page.text(".range").startswith("steps 0 to 134")
+
+
+def test_a_layer_is_found_by_name_and_rows_are_grouped(tab, server):
+    page = tab().go(server)
+    page.after(lambda: page.frame.get_by_label("Find a layer").fill("digits/logits"))
+    assert page.frame.locator(".chip").count() == 2
+    page.after(lambda: page.frame.get_by_label("Rows").select_option("weights"))
+    page.after(lambda: page.frame.get_by_label("Statistic").select_option("unchanged_share"))
+    page.after(lambda: page.frame.get_by_label("Order").select_option("value"))
+    assert all(part in page.page.url for part in ("group=weights", "statistic=unchanged_share", "order=value"))
+
+
+def test_two_runs_are_compared_on_the_same_steps(tab, server, logdir):
+    page = tab().go(server)
+    name = next(p for p in logdir.glob("healthy/*")).relative_to(logdir).as_posix()
+    page.after(lambda: page.frame.get_by_label("Compare with").select_option(name))
+    assert "The losses first differ at step" in page.text("#compare-title >> xpath=../../p")
+    assert "fit.clip" in page.text("section table")
+    assert page.frame.locator("section:has(#compare-title) canvas").count() == 3
+    page.keep("comparison")
+
+
+def test_a_running_job_grows_and_keeps_the_chosen_place(tab, serve, tmp_path):
+    run = Run.synthetic(90, ["a/kernel", "b/kernel"], update_ratio=1e-3)
+    writer = Writer(tmp_path / "live", run).windows(0, 30)
+    page = tab().go(serve(tmp_path), "#trainrt&first=5&last=14&rows=b")
+    assert page.text(".range").startswith("steps 5 to 14")
+    begun = time.monotonic()
+    page.after(lambda: writer.windows(30, 60))
+    assert time.monotonic() - begun < 5
+    assert "60" in page.text(".facts")
+    assert page.text(".range").startswith("steps 5 to 14")
+    assert "b" in page.text(".chip")
+    page.after(lambda: page.frame.get_by_role("button", name="Show all").click())
+    page.after(lambda: writer.windows(60, 90))
+    page.inner.wait_for_function("document.querySelector('.range').innerText === 'steps 0 to 89'", timeout=10_000)
+    page.after(writer.close)
+    page.inner.wait_for_function("document.querySelector('.pill').innerText === 'finished'", timeout=10_000)
+
+
+def test_a_run_that_begins_later_appears_by_itself(tab, serve, tmp_path):
+    (tmp_path / "runs").mkdir()
+    Writer(tmp_path / "runs" / "empty", Run.synthetic(3))
+    page = tab().go(serve(tmp_path / "runs"))
+    assert page.text("h1") == "No steps recorded yet"
+    Writer(tmp_path / "runs" / "second", Run.synthetic(9)).windows(0, 9).close()
+    run = page.frame.get_by_label("Run", exact=True)
+    run.locator("option", has_text="second").wait_for(state="attached", timeout=12_000)
+
+
+@pytest.mark.parametrize("reader", [["--load_fast=true"], ["--load_fast=false"], ["--samples_per_plugin=trainrt=2"]])
+def test_every_window_is_there_with_every_reader(tab, serve, tmp_path, reader):
+    run = Run.synthetic(3000, ["a/kernel"])
+    writer = Writer(tmp_path / "one", run)
+    for first in range(0, 3000, 10):
+        writer.windows(first, first + 10)
+    writer.close()
+    page = tab().go(serve(tmp_path, *reader))
+    count = page.inner.evaluate("fetch('./api/run?run=one').then(r => r.json())")["windows"]
+    assert count == 3000
+
+
+def test_every_window_is_there_where_only_tensorboard_has_the_logs(tab, serve, tmp_path):
+    run = Run.synthetic(3000, ["a/kernel"])
+    writer = Writer(tmp_path / "one", run)
+    for first in range(0, 3000, 10):
+        writer.windows(first, first + 10)
+    writer.close()
+    page = tab().go(serve(tmp_path, f"--logdir_spec=here:{tmp_path}"))
+    told = page.inner.evaluate("fetch('./api/run?run=here%2Fone').then(r => r.json())")
+    assert (told["windows"], told["end"]["how"]) == (3000, "finished")
+
+
+def test_zero_missing_and_nonfinite_have_colours_of_their_own(tab, serve, tmp_path):
+    ratio = np.full((8, 4), 1e-3)
+    ratio[:, 1], ratio[:, 2] = 0.0, np.nan
+    broken = np.zeros((8, 4))
+    broken[:, 3] = 0.1
+    names = [f"{name}/kernel" for name in ("fine", "zero", "missing", "broken")]
+    run = Run.synthetic(8, names, update_ratio=ratio, update_nonfinite_share=broken)
+    Writer(tmp_path / "one", run).windows(0, 8).close()
+    page = tab().go(serve(tmp_path))
+    colours = [pixel(page, LEFT + 200, TOP + 34 * row + 17) for row in range(4)]
+    assert max(colours[1]) < 40
+    assert colours[3][0] > 180 > 60 > colours[3][1]
+    assert len({tuple(c) for c in colours}) == 4
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_an_audit_finds_nothing_in_either_theme_at_either_width(tab, server, logdir, width, dark):
+    page = tab(width=width, dark=dark)
+    other = next(p for p in logdir.glob("healthy/*")).relative_to(logdir).as_posix()
+    page.go(server, f"#trainrt&finding=0&versus={other}")
+    theme = page.inner.evaluate("document.documentElement.dataset.theme")
+    assert theme == ("dark" if dark else "light")
+    background = page.inner.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", background))) < 150) == dark
+    assert page.inner.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.keep(f"{'dark' if dark else 'light'}-{width}")
+    assert audit(page) == []
+
+
+def test_the_theme_follows_tensorboards_switch(tab, server):
+    page = tab().go(server)
+    page.page.evaluate("document.body.classList.add('dark-mode')")
+    page.inner.wait_for_function("document.documentElement.dataset.theme === 'dark'")
+    assert max(pixel(page, 4, 4)) < 60 or pixel(page, 4, 4) == [0, 0, 0]
+
+
+def test_markup_from_a_run_is_shown_and_not_run(tab, serve, tmp_path):
+    run = Run.synthetic(5, [f"{HOSTILE}/kernel"], environment={HOSTILE: HOSTILE, "model": {"name": HOSTILE}})
+    finding = {"rule": HOSTILE, "severity": "error", "causes": [HOSTILE], "where": [f"{HOSTILE}/kernel"],
+               "steps": [0, 4], "message": HOSTILE, "advice": [HOSTILE]}  # fmt: skip
+    Writer(tmp_path / "one", run).windows(0, 5).close([finding])
+    page = tab().go(serve(tmp_path))
+    assert HOSTILE in page.text("h1")
+    page.after(lambda: page.frame.locator(".findings button").first.click())
+    page.frame.locator(MAP).hover(position={"x": 500, "y": 30})
+    assert page.inner.evaluate("document.body.dataset.owned") is None
+    assert page.inner.evaluate("document.images.length") == 0
+
+
+def test_a_record_that_cannot_be_read_says_so(tab, serve, tmp_path):
+    from trainrt import events
+
+    writer = Writer(tmp_path / "newer", Run.synthetic(3))
+    writer.file.write_bytes(b"")
+    writer.put(events.encode_header())
+    writer.put(events._encode_json("roster", {"version": 999, "roster": {}, "environment": {}}, 0, None))
+    Writer(tmp_path / "good", Run.synthetic(9)).windows(0, 9).close()
+    server = serve(tmp_path)
+    page = tab().go(server, "#trainrt&run=newer")
+    assert "version 999" in page.text(".status")
+    page.after(lambda: page.frame.get_by_label("Run", exact=True).select_option("good"))
+    assert page.frame.locator(MAP).is_visible()
+    lost = tab().go(server, "#trainrt&run=gone&finding=7&first=900&rows=nothing&statistic=nothing&group=nothing")
+    assert "gone is not here" in lost.text(".lost")
+    assert lost.frame.locator(MAP).is_visible()
+
+
+def test_a_report_opens_from_disk(browser, tab, logdir, tmp_path):
+    found = Run.find(logdir)
+    file = tmp_path / "report.html"
+    report_html.write(file, [(path.parent.name, Run.open(path)) for path in found[::-1]])
+    page = tab().page
+    page.goto(file.as_uri())
+    page.locator("body[data-ready]").wait_for(timeout=20_000)
+    assert page.locator("h1").inner_text() == "Likely cause: clip too tight"
+    page.locator(".findings button").first.click()
+    page.get_by_label("Compare with").select_option("healthy")
+    page.get_by_text("The losses first differ at step").wait_for()
+    chart = page.locator(MAP)
+    chart.focus()
+    chart.press("+")
+    page.wait_for_function("!document.querySelector('.range').innerText.startsWith('steps 0 to 134')")
+    page.screenshot(path=tmp_path / "report.png", full_page=True)
+
+
+def test_copied_logs_are_the_same_run(tab, serve, logdir, tmp_path):
+    shutil.copytree(next(logdir.glob("stagnating/*")), tmp_path / "copy")
+    page = tab().go(serve(tmp_path / "copy"))
+    assert page.text("h1") == "Likely cause: clip too tight"
