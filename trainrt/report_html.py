@@ -43,7 +43,7 @@ def build(runs: Sequence[tuple[str, Run]], title: str = "Training report") -> st
     """
     content: dict = {"names": [name for name, _ in runs], "runs": {}, "pictures": {}, "compared": {}}
     for name, run in runs:
-        findings = summary.Judge().findings(run, wait_s=600)
+        findings = summary.Judge().findings(run, whole=True)
         told = summary.summary(name, run, findings)
         told["rows"] = {"layers": told["rows"]["layers"]}
         held = [n for n in (*STATISTICS, *_of_slots(run)) if n in run.statistics]

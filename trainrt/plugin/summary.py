@@ -15,7 +15,11 @@ PATIENCE = 20
 """A run that is still written to is judged again after so many times what judging took: at most 5 % of a core."""
 
 WAIT_S = 0.3
-"""How long an answer waits for the rules; a long run's picture does not wait for its verdict."""
+"""How long an answer waits for the rules."""
+
+LARGE = 200_000
+DELAY_S = 1.5
+"""The first picture of a run of more cells (windows x weights) than `LARGE` comes before the rules begin to read it."""
 
 
 class Judge:
@@ -33,19 +37,21 @@ class Judge:
         self._again = 0.0
         self.rounds = 0
 
-    def findings(self, run: Run, wait_s: float = WAIT_S) -> list[dict[str, Any]]:
-        """Findings as dicts, perhaps of some windows ago."""
+    def findings(self, run: Run, whole: bool = False) -> list[dict[str, Any]]:
+        """Findings as dicts, perhaps of some windows ago; `whole` waits until the rules have read all of it."""
         if run.end is not None or not len(run):
             return run.recorded_findings
+        later = not whole and not self.rounds and len(run) * len(run.roster.parameters) > LARGE
         with self._lock:
             idle = self._thread is None or not self._thread.is_alive()
             if idle and len(run) != self._seen and time.monotonic() >= self._again:
                 # Of a slice: the run itself may grow while the rules read it.
-                self._thread = threading.Thread(target=self._judge, args=(run[:],), daemon=True)
+                arguments = (run[:], DELAY_S if later else 0.0)
+                self._thread = threading.Thread(target=self._judge, args=arguments, daemon=True)
                 self._thread.start()
             thread = self._thread
-        if thread is not None:
-            thread.join(wait_s)
+        if thread is not None and not later:
+            thread.join(None if whole else WAIT_S)
         return self._findings
 
     @property
@@ -53,7 +59,8 @@ class Judge:
         """Whether the first verdict is still to come."""
         return not self.rounds and self._thread is not None and self._thread.is_alive()
 
-    def _judge(self, run: Run) -> None:
+    def _judge(self, run: Run, delay_s: float) -> None:
+        time.sleep(delay_s)
         begun = time.monotonic()
         self._findings = [finding.to_dict() for finding in diagnose(run)]
         self._seen = len(run)

@@ -200,12 +200,16 @@ class Page {
     const [first, last] = [place.first ?? run.steps[0], place.last ?? run.steps[1]];
     const labels = run.rows[place.group].map((r) => r.path), rows = [...chosen(labels, place.rows)].slice(0, MOST);
     const view = { run: run.name, group: place.group, first, last, columns };
-    const [picture, scalars, lines] = await Promise.all([
-      source.map({ ...view, statistic: place.statistic }), source.scalars(view),
-      rows.length ? source.lines({ ...view, rows: rows.join(','), statistics: statisticsOf(run).join(',') }) : null]);
+    const [picture, scalars] = await Promise.all([source.map({ ...view, statistic: place.statistic }), source.scalars(view)]);
     if (asked !== this.asked) return;
-    this.shown = { picture, scalars, lines, labels, rows };
+    // The map does not wait for the curves of layers, which take more reading.
+    this.shown = { picture, scalars, lines: null, labels, rows };
     this.status.hidden = true;
+    this.redraw();
+    document.body.dataset.map = asked;
+    const lines = rows.length ? await source.lines({ ...view, rows: rows.join(','), statistics: statisticsOf(run).join(',') }) : null;
+    if (asked !== this.asked) return;
+    this.shown.lines = lines;
     this.redraw();
     await this.compare(view, picture, asked);
   }

@@ -48,7 +48,7 @@ export function verdict(run, place, go) {
       bad && run.findings[0].advice[0] ? el('p', { class: 'try' }, el('b', {}, 'Try'), run.findings[0].advice[0]) : null),
     el('span', { class: `pill ${kind}` }, text));
   const list = el('ol', { class: 'findings', 'aria-label': 'Findings, likeliest cause first' },
-    ...run.findings.map((finding, i) => row(finding, i, place.finding === i, go)));
+    ...run.findings.map((finding, i) => row(finding, i, place.finding === i, go, bad && i === 0)));
   const problems = run.problems.length
     ? el('p', { class: 'problem', role: 'note' }, `Not all of the record could be read. ${run.problems.join(' ')}`) : null;
   return el('section', { class: 'top', 'aria-label': 'Verdict' }, head,
@@ -62,10 +62,10 @@ function quiet(run) {
   return 'Every rule looked at every recorded step of every layer.';
 }
 
-function row(finding, i, open, go) {
+function row(finding, i, open, go, told) {
   const where = finding.where.length ? finding.where.slice(0, 3).join(', ') + (finding.where.length > 3 ? ` and ${finding.where.length - 3} more` : '') : 'the whole run';
   const body = el('div', { class: 'body', id: `finding-${i}`, hidden: !open },
-    el('p', {}, finding.message),
+    told ? null : el('p', {}, finding.message),
     finding.advice.length ? el('p', { class: 'label' }, 'Try') : null,
     finding.advice.length ? el('ul', {}, ...finding.advice.map((line) => el('li', {}, line))) : null,
     finding.consequences.length ? el('p', { class: 'label' }, 'What followed from it') : null,
