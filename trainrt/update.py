@@ -295,7 +295,8 @@ def _dense(gradient, variable) -> tf.Tensor | None:
     """The gradient as a dense tensor of the weight's shape; rows of a sparse one with the same index are summed."""
     if isinstance(gradient, tf.IndexedSlices):
         gradient = tf.math.unsorted_segment_sum(gradient.values, gradient.indices, variable.shape[0])
-    return None if gradient is None else tf.reshape(taps.tap(gradient), variable.shape)
+    gradient = taps.tap(gradient)
+    return gradient if gradient is None or gradient.shape == variable.shape else tf.reshape(gradient, variable.shape)
 
 
 def _scaled(gradient, scale: tf.Tensor):
