@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from trainrt import doors
+from trainrt.audit import Watched
 from trainrt.resident import BATCH_BYTES, TOTAL_BYTES, Resident
 
 
@@ -30,15 +31,17 @@ class Execution(NamedTuple):
 class Batches:
     """Batches of x, y and sample_weight, one epoch after the other.
 
-    An *execution* is `steps_per_execution` steps: Keras counts, stops and warns by executions.
+    An *execution* is `steps_per_execution` steps: Keras counts, stops and warns by executions. What goes by is shown to
+    `watched`.
     """
 
-    def __init__(self, model: keras.Model, *, steps_per_epoch: int | None, **data):
+    def __init__(self, model: keras.Model, *, watched: Watched | None = None, steps_per_epoch: int | None, **data):
         most = keras.config.max_steps_per_epoch()
         if most and (not steps_per_epoch or most < steps_per_epoch):
             warnings.warn(f"Limiting steps_per_epoch to {most}", stacklevel=3)
             steps_per_epoch = most
         self._model = model
+        self._watched = watched or Watched("unknown", None, enabled=False)
         self._steps_per_epoch = steps_per_epoch
         self._adapter = doors.data_adapter(steps_per_epoch=steps_per_epoch, **data)
         self._source: Any = self._resident() or doors.distributed(model, self._adapter.get_tf_dataset())
@@ -99,11 +102,16 @@ class Batches:
                 self._adapter.on_epoch_end()
                 return
         if self._size and self._seen >= self._size:
-            self._begin()
+            self._begin(used=self._steps_per_epoch is not None)  # or else the next epoch begins once more, as in Keras
         self._adapter.on_epoch_end()
 
-    def _begin(self) -> None:
-        self._iterator = self._source.epoch() if isinstance(self._source, Resident) else iter(self._source)
+    def _begin(self, used: bool = True) -> None:
+        if isinstance(self._source, Resident):
+            self._iterator = self._source.epoch()
+            if used:
+                self._watched.arrays(self._iterator.arrays, self._iterator.order, self._iterator.batch_size)
+        else:
+            self._iterator = iter(self._watched.watch(self._source) if used else self._source)
         self._seen = 0
 
     def _warn_interrupted(self) -> None:

@@ -11,7 +11,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `ArrayDataAdapter` and four of its attributes, `array_slicing.convert_to_sliceable` | arrays that the loop reads itself; without them, Keras's dataset | nothing, it only saves time |
 | `array_slicing.train_validation_split` | `validation_split` | the same |
 | `data_adapter_utils.unpack_x_y_sample_weight` | `validation_data` | `keras.utils.unpack_x_y_sample_weight`, for tuples only |
-| `TFEpochIterator`, `model._eval_epoch_iterator` | `evaluate` inside `fit` builds its dataset once | a public way to pass an iterator to `evaluate` |
+| `TFEpochIterator`, its `_distributed_dataset`, `model._eval_epoch_iterator` | `evaluate` inside `fit` builds its dataset once, and is watched | a public way to pass an iterator to `evaluate` |
 | `model._assert_compile_called` | the error for a model that is not compiled | `model.compiled`, with a text of our own |
 | `model._maybe_symbolic_build` | builds a model that was made under a `tf.distribute` strategy | nothing yet |
 | `model._initial_epoch` | where `BackupAndRestore` wants to go on | an argument of the callback |
@@ -115,6 +115,16 @@ def evaluation_iterator(model: keras.Model, **arguments):
         shuffle=False,
         **arguments,
     )
+
+
+def evaluation_dataset(iterator):
+    """The dataset of an iterator that `evaluation_iterator` made; None where it has none."""
+    return getattr(iterator, "_distributed_dataset", None)
+
+
+def set_evaluation_dataset(iterator, dataset) -> None:
+    """From the next `iter` on it reads another dataset of the same elements."""
+    iterator._distributed_dataset = dataset
 
 
 def set_evaluation_iterator(model: keras.Model, iterator) -> None:

@@ -31,7 +31,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 
-from trainrt.record import JOINT, MOMENTS, SCALAR, VERSION, Epoch, Record, Roster
+from trainrt.record import JOINT, MOMENTS, SCALAR, VERSION, DataPassport, Epoch, Record, Roster
 
 PLUGIN = "trainrt"
 SUFFIX = ".trainrt"
@@ -109,15 +109,32 @@ def encode_epoch(epoch: Epoch, wall_time: float | None = None) -> bytes:
     return _encode_json("epoch", {"epoch": epoch.epoch, "step": epoch.step, "logs": logs}, epoch.step, wall_time)
 
 
+def encode_data(passport: DataPassport, wall_time: float | None = None) -> bytes:
+    """What the data looked like, as far as is known; replaces what was written before."""
+    return _encode_json("data", {"step": passport.step, "content": dict(passport.content)}, passport.step, wall_time)
+
+
 def encode_findings(findings: Sequence[Mapping[str, Any]], step: int, wall_time: float | None = None) -> bytes:
     """Findings made at `step`, in addition to those written before."""
     return _encode_json("findings", [dict(finding) for finding in findings], step, wall_time)
 
 
-def encode_end(how: str, detail: str = "", *, step: int = 0, wall_time: float | None = None) -> bytes:
-    """How the run ended: `finished`, `stopped` or `exception`. A run without one still runs or was killed."""
+def encode_end(
+    how: str,
+    detail: str = "",
+    *,
+    step: int = 0,
+    wall_time: float | None = None,
+    weights_digest: str | None = None,
+) -> bytes:
+    """How the run ended: `finished`, `stopped`, `interrupted` or `exception`. Without one it still runs or was killed.
+
+    Args:
+      weights_digest: `digest.digest_all` of the model's weights; None: not known.
+    """
     ended = _now(wall_time)
-    return _encode_json("end", {"how": how, "detail": detail, "wall_time": ended}, step, ended)
+    content = {"how": how, "detail": detail, "wall_time": ended, "weights_digest": weights_digest}
+    return _encode_json("end", content, step, ended)
 
 
 def encode_scalars(step: int, wall_time: float | None, scalars: Mapping[str, float]) -> bytes:
@@ -263,6 +280,7 @@ class End:
     how: str
     detail: str
     wall_time: float
+    weights_digest: str | None = None
 
 
 class _File:
@@ -359,7 +377,7 @@ class StoredRecord:
         return Record(self.steps, self.wall_time, dict(self.moments), self.joint, self.scalars)
 
 
-Item = Opening | StoredRecord | Epoch | Findings | End
+Item = Opening | StoredRecord | Epoch | DataPassport | Findings | End
 
 
 class Reader:
@@ -459,6 +477,7 @@ class Reader:
             for name, decode in (
                 ("roster", self._opening),
                 ("epoch", _epoch),
+                ("data", _data),
                 ("findings", lambda content: _findings(event.step, content)),
                 ("end", _end),
             ):
@@ -565,10 +584,17 @@ def _epoch(content: dict) -> Epoch:
     return Epoch(content["epoch"], content["step"], {str(k): float(v) for k, v in content["logs"].items()})
 
 
+def _data(content: dict) -> DataPassport:
+    _check(type(content["step"]) is int and isinstance(content["content"], dict), "the data passport")
+    return DataPassport(content["step"], content["content"])
+
+
 def _findings(step: int, content: list) -> Findings:
     _check(isinstance(content, list) and all(isinstance(finding, dict) for finding in content), "the findings")
     return Findings(step, content)
 
 
 def _end(content: dict) -> End:
-    return End(str(content["how"]), str(content["detail"]), float(content["wall_time"]))
+    digest = content.get("weights_digest")
+    _check(digest is None or isinstance(digest, str), "the digest of the weights")
+    return End(str(content["how"]), str(content["detail"]), float(content["wall_time"]), digest)

@@ -6,12 +6,13 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
+from trainrt.audit import Audit
 from trainrt.findings import Finding, diagnose
 from trainrt.findings.render import printable, render
 from trainrt.record import Epoch, Roster
@@ -35,6 +36,9 @@ class Journal(contextlib.AbstractContextManager):
       logdir: Directory below which the run gets one of its own; None keeps it in memory.
       sinks: The user's sinks.
 
+      audit: What watches the data; the record tells what it saw.
+      weights: Returns the digest of the model's weights, for the end of the record.
+
     Raises:
       OSError: `logdir` cannot be written; said before the first step.
 
@@ -43,8 +47,16 @@ class Journal(contextlib.AbstractContextManager):
       findings: What was found, likeliest root cause first.
     """
 
-    def __init__(self, logdir: str | None, sinks: Sequence[Sink]):
+    def __init__(
+        self,
+        logdir: str | None,
+        sinks: Sequence[Sink],
+        audit: Audit | None = None,
+        weights: Callable[[], str | None] = lambda: None,
+    ):
         self._logdir = logdir
+        self._audit = audit or Audit(enabled=False)
+        self._weights = weights
         self.path: Path | None = None
         self._files: tuple[Sink, ...] = ()
         if logdir is not None:
@@ -72,10 +84,18 @@ class Journal(contextlib.AbstractContextManager):
         assert self._recorder is not None, "open() comes first"
         self._recorder.push(first, every, vectors, begun, ended)
         self._last_step = first + int(vectors.shape[0]) - 1
+        if self._audit.draft_due:
+            self._recorder.data(self._last_step, self._audit.passport)
 
     def epoch(self, epoch: Epoch) -> None:
         if self._recorder is not None:
             self._recorder.epoch(epoch)
+            self._tell_data()
+
+    def _tell_data(self) -> None:
+        if self._recorder is not None and self._audit.due:
+            self._audit.told()
+            self._recorder.data(self._last_step, self._audit.passport)
 
     def look(self) -> list[Finding]:
         """What is wrong so far and has not been said yet; looks only as often as costs a hundredth of the training."""
@@ -104,10 +124,11 @@ class Journal(contextlib.AbstractContextManager):
             self.open(None, {})
         recorder = self._recorder
         assert recorder is not None
+        self._tell_data()
         recorder.drain()
         run = self._memory.run()
         self.findings = diagnose(run) if run is not None and len(run) else []
-        end = {**self._end, "step": self._last_step, "wall_time": time.time()}
+        end = {**self._end, "step": self._last_step, "wall_time": time.time(), "weights_digest": self._weights()}
         recorder.close([finding.to_dict() for finding in self.findings], end)
         self.run = self._memory.run()
 

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from trainrt import arguments, doors, environment, fused, native
 from trainrt.arguments import Request
+from trainrt.audit import Audit
 from trainrt.batches import Batches, Execution
 from trainrt.clip import Clip
 from trainrt.journal import Journal, floats
@@ -95,8 +96,10 @@ def fit(
     doors.set_evaluation_iterator(model, None)
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = doors.split_validation((x, y, sample_weight), validation_split)
+    watched = Audit(x, validation_data, shuffle, enabled=bool(request.every))
     batches = Batches(
         model,
+        watched=watched.train,
         x=x,
         y=y,
         sample_weight=sample_weight,
@@ -123,7 +126,7 @@ def fit(
         )
     if model.built:
         arguments.check_trainable(model, request)
-    training = _Training(model, batches, callbacks, request, given)
+    training = _Training(model, batches, callbacks, request, given, watched)
     with training.journal:
         model.stop_training = False
         model.make_train_function()
@@ -135,7 +138,7 @@ def fit(
             epoch_logs = training.epoch()
             if validation_data is not None and doors.should_evaluate(model, epoch, validation_freq):
                 validation = _validate(
-                    model, validation_data, validation_batch_size or batch_size, validation_steps, callbacks
+                    model, validation_data, validation_batch_size or batch_size, validation_steps, callbacks, watched
                 )
                 epoch_logs.update({f"val_{name}": value for name, value in validation.items()})
             callbacks.on_epoch_end(epoch, epoch_logs)
@@ -157,12 +160,13 @@ def fit(
     return history
 
 
-def _validate(model, data, batch_size, steps, callbacks) -> dict[str, float]:
+def _validate(model, data, batch_size, steps, callbacks, watched: Audit) -> dict[str, float]:
     x, y, sample_weight = doors.unpack(data)
     arrays = {"x": x, "y": y, "sample_weight": sample_weight, "batch_size": batch_size}
     if doors.evaluation_iterator_of(model) is None:
         doors.set_evaluation_iterator(model, doors.evaluation_iterator(model, steps_per_epoch=steps, **arrays))
-    return doors.evaluate(model, steps=steps, callbacks=callbacks, **arrays)
+    with watched.validating(doors.evaluation_iterator_of(model)):
+        return doors.evaluate(model, steps=steps, callbacks=callbacks, **arrays)
 
 
 class _Training:
@@ -180,6 +184,7 @@ class _Training:
         callbacks: keras.callbacks.CallbackList,
         request: Request,
         given: Mapping[str, Any],
+        watched: Audit,
     ):
         self._model = model
         self._batches = batches
@@ -190,7 +195,9 @@ class _Training:
         self._step: Step | None = None
         self._logs: Any = {}
         self.step = 0
-        self.journal = Journal(request.logdir, request.sinks)
+        self._begun_with: str | None = None
+        self._surroundings = environment.Surroundings()
+        self.journal = Journal(request.logdir, request.sinks, watched, self._weights)
 
     def epoch(self) -> dict:
         """Trains on one epoch; returns its logs as Keras reports them."""
@@ -247,6 +254,7 @@ class _Training:
             return self._run_own(place.iterator, count)
         if self._step is None:
             self._step = self._prepared(place.iterator)
+            self._begun_with = self._weights()
         begun = time.time()
         try:
             outcome = self._step.run(place.iterator, self.step, count)
@@ -292,11 +300,22 @@ class _Training:
                 stacklevel=5,
             )
         roster = self._step.roster if self._step else None
-        passport = environment.passport(self._model, self._given)
+        passport = environment.passport(self._model, self._given, self._surroundings)
         updates = self._step.paths if self._step else {}
         self.journal.open(
-            roster, {**passport, "observed": roster is not None, "unobserved": unseen, "updates": updates}
+            roster,
+            {
+                **passport,
+                "observed": roster is not None,
+                "unobserved": unseen,
+                "updates": updates,
+                "weights_digest": self._begun_with,
+            },
         )
+
+    def _weights(self) -> str | None:
+        """Digest of the weights as they are; None where nothing is recorded, or they are not built yet."""
+        return environment.weights_digest(self._model) if self._request.every else None
 
     def _run_own(self, iterator, count: int) -> int:
         """One execution of a `train_function` that the user made."""

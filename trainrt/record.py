@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -346,6 +347,19 @@ class Epoch:
     epoch: int
     step: int
     logs: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataPassport:
+    """What the data looked like, as far as it was known after a step; a later one replaces it.
+
+    Attributes:
+      step: The step.
+      content: JSON-able, with string keys: `train`, and `validation` and `overlap` when there is validation data.
+    """
+
+    step: int
+    content: Mapping[str, Any]
 
 
 def unique(names: Iterable[str]) -> list[str]:

@@ -9,13 +9,13 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, MOMENTS, Epoch, Moments, Record, Roster
+from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, MOMENTS, DataPassport, Epoch, Moments, Record, Roster
 from trainrt.sinks import Sink
 from trainrt.update import unpack
 
@@ -35,6 +35,11 @@ class _Chunk(NamedTuple):
     vectors: tf.Tensor
     begun: float
     ended: float
+
+
+class _Data(NamedTuple):
+    step: int
+    describe: Callable[[], Mapping[str, Any]]
 
 
 class _Finish(NamedTuple):
@@ -71,6 +76,10 @@ class Recorder:
     def epoch(self, epoch: Epoch) -> None:
         self._queue.put(epoch)
 
+    def data(self, step: int, describe: Callable[[], Mapping[str, Any]]) -> None:
+        """Has the data described, on the recorder's thread: `describe` returns the content of a `DataPassport`."""
+        self._queue.put(_Data(step, describe))
+
     def drain(self) -> None:
         """Returns when all that was pushed has reached the sinks."""
         done = threading.Event()
@@ -95,6 +104,9 @@ class Recorder:
                 if due or sum(len(r) for r in self._waiting) >= DELIVERY_WINDOWS:
                     self._deliver()
                 continue
+            if isinstance(item, _Data):
+                self._guarded(lambda item=item: self._describe(item))
+                continue
             self._guarded(lambda: self._waiting.extend(self._windows.rest()))
             self._deliver()
             if isinstance(item, threading.Event):
@@ -104,6 +116,10 @@ class Recorder:
             else:
                 self._each(lambda sink, item=item: sink.close(item.findings, item.end))
                 return
+
+    def _describe(self, data: _Data) -> None:
+        passport = DataPassport(data.step, data.describe())
+        self._each(lambda sink: sink.write(passport))
 
     def _take(self, chunk: _Chunk) -> None:
         self._waiting.extend(self._windows.add(self._record(chunk)))

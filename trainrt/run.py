@@ -16,6 +16,8 @@ import dataclasses
 import difflib
 import math
 import os
+import socket
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainrt import events, statistics
-from trainrt.record import JOINT, MOMENTS, SCALAR, Epoch, Moments, Parameter, Record, Roster
+from trainrt.record import JOINT, MOMENTS, SCALAR, DataPassport, Epoch, Moments, Parameter, Record, Roster
 
 if TYPE_CHECKING:
     import pandas
 
+_SILENCE_S = 300.0
 _PATTERN = f"events.out.tfevents.*{events.SUFFIX}"
 
 
@@ -43,9 +46,10 @@ class Run:
       end: `how`, `detail` and `wall_time` of its end; None: it still runs, or was killed.
       path: The event file that it comes from.
       problems: What could not be read, a line each.
+      data: The data passport: what the data looked like, see `trainrt.audit`; empty until it is known.
 
     Attributes:
-      roster, environment, epochs, end, path: As above.
+      roster, environment, epochs, end, path, data: As above.
       recorded_findings: The `findings` above.
     """
 
@@ -59,9 +63,11 @@ class Run:
         end: Mapping[str, Any] | None = None,
         path: str | os.PathLike | None = None,
         problems: Sequence[str] = (),
+        data: Mapping[str, Any] | None = None,
     ):
         self.roster = roster
         self.environment: dict[str, Any] = dict(environment or {})
+        self.data: dict[str, Any] = dict(data or {})
         self.epochs = list(epochs)
         self.recorded_findings = [dict(finding) for finding in findings]
         self.end = None if end is None else dict(end)
@@ -133,10 +139,12 @@ class Run:
                     chunks.append(item)
                 elif isinstance(item, Epoch):
                     self.epochs.append(item)
+                elif isinstance(item, DataPassport):
+                    self.data = dict(item.content)
                 elif isinstance(item, events.Findings):
                     self.recorded_findings += [f for f in item.findings if f not in self.recorded_findings]
                 elif isinstance(item, events.End):
-                    self.end = dataclasses.asdict(item)
+                    self.end = {k: v for k, v in dataclasses.asdict(item).items() if v is not None}
                 else:
                     self.roster, self.environment = item.roster, item.environment
         finally:
@@ -159,6 +167,24 @@ class Run:
     def problems(self) -> list[str]:
         """What could not be read, a line each."""
         return self._problems + (self._reader.problems if self._reader else [])
+
+    @property
+    def state(self) -> str:
+        """How it ended: "finished", "stopped", "interrupted", "exception"; without an end "running" or "killed".
+
+        A process that is gone was killed. Of one on another host it is "running" until its file has not grown for five
+        minutes.
+        """
+        if self.end is not None:
+            return str(self.end["how"])
+        pid = self.environment.get("pid")
+        if isinstance(pid, int) and self.environment.get("host") == socket.gethostname():
+            return "running" if _lives(pid, self.environment.get("start")) else "killed"
+        try:
+            written = self.path.stat().st_mtime if self.path else math.inf
+        except OSError:
+            written = -math.inf
+        return "running" if time.time() - written < _SILENCE_S else "killed"
 
     def __len__(self) -> int:
         return sum(map(len, self._chunks))
@@ -354,6 +380,7 @@ class Run:
             self.end,
             self.path,
             self.problems,
+            self.data,
         )
         run._chunks, run._groups, run._joined = list(chunks), groups, joined
         return run
@@ -395,6 +422,7 @@ class Run:
         environment: Mapping[str, Any] | None = None,
         epochs: Sequence[Epoch] = (),
         end: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
         **values: Any,
     ) -> Run:
         """A run of windows of one step whose statistics are the values given, and those of a healthy run otherwise.
@@ -406,7 +434,7 @@ class Run:
           dtype: Its dtype.
           slots: Slots of the optimizer; all zeros unless given a norm.
           scalars: More scalars, name -> value or [T].
-          environment: As for `Run`; so are `epochs` and `end`.
+          environment: As for `Run`; so are `epochs`, `end` and `data`.
           **values: `loss`, `learning_rate`: a number or [T]. Any of the following, a number, [T] or [T, P]:
             `update_ratio`, `clip_scale`, `clip_share`, `rounded_share`, `gradient_update_cosine`; and for each subject
             `<subject>_norm`, `_rms`, `_mean`, `_absmax`, `_zero_share`, `_nonfinite_share`, `_nonfinite`. A norm of NaN
@@ -423,7 +451,28 @@ class Run:
         from trainrt.synthetic import build
 
         roster, record = build(steps, parameters, size, dtype, tuple(slots), dict(scalars or {}), values)
-        return cls(roster, record, environment=environment, epochs=epochs, end=end)
+        return cls(roster, record, environment=environment, epochs=epochs, end=end, data=data)
+
+
+def _lives(pid: int, start: Any) -> bool:
+    """Whether the process of a run lives: there is one with its number, and it was there when the run began."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        pass
+    except (OSError, OverflowError):
+        return False
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        with open("/proc/uptime") as file:
+            uptime = float(file.read().split()[0])
+    except (OSError, ValueError, IndexError):
+        return True
+    if fields[0] == "Z":
+        return False
+    begun = time.time() - uptime + int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return not isinstance(start, int | float) or begun <= start + 1
 
 
 def _age(file: Path) -> tuple[float, float, str]:
