@@ -77,9 +77,9 @@ class Audit:
         result: dict[str, Any] = {"train": {**self.train.summary(), "shuffle": self._shuffle}}
         if self.validation.watched:
             result["validation"] = self.validation.summary()
-            first = [side.surveys.get(0) for side in (self.train, self.validation)]
-            if all(first):
-                result["overlap"] = survey.overlap(first[0].known, first[1].known)
+            train, validation = self.train.surveys.get(0), self.validation.surveys.get(0)
+            if train and validation:
+                result["overlap"] = survey.overlap(train.known, validation.known)
         return _finite(result)
 
     @contextlib.contextmanager

@@ -6,8 +6,10 @@ configuration, a machine without git or without a driver still trains.
 
 from __future__ import annotations
 
+import functools
 import getpass
 import math
+import operator
 import os
 import platform
 import random
@@ -242,11 +244,11 @@ def _describe_layers(model: Any, prefix: str, found: list[dict[str, Any]], until
             "class": _class(layer),
             "parameters": sum(math.prod(w.shape) for w in getattr(layer, "weights", ())),
             "trainable": bool(layer.trainable),
-            "dtype": _guarded(lambda layer=layer: layer.dtype_policy.name),
+            "dtype": _guarded(functools.partial(operator.attrgetter("dtype_policy.name"), layer)),
         }
         nested = getattr(layer, "layers", None)
         if not nested and time.perf_counter() < until:
-            one["config"] = _guarded(lambda layer=layer: _config(layer))
+            one["config"] = _guarded(functools.partial(_config, layer))
         found.append(one)
         if nested and prefix.count("/") < 8:
             _describe_layers(layer, f"{one['name']}/", found, until)
@@ -308,7 +310,8 @@ def _random_states() -> dict[str, str]:
     """Checksums of the states of Python's and NumPy's generators: two runs from the same states agree in them."""
     python = zlib.crc32(repr(random.getstate()).encode())
     kind, keys, *rest = np.random.get_state(legacy=True)
-    return {"python": f"{python:08x}", "numpy": f"{zlib.crc32(repr((kind, *rest)).encode(), zlib.crc32(keys)):08x}"}
+    keys = np.ascontiguousarray(keys)
+    return {"python": f"{python:08x}", "numpy": f"{zlib.crc32(repr((kind, *rest)).encode(), zlib.crc32(keys.tobytes())):08x}"}
 
 
 def _tensorflow() -> dict[str, Any]:
@@ -375,7 +378,7 @@ def _git() -> dict[str, Any] | None:
 
 def _packages() -> dict[str, str]:
     """Name -> version of everything that is installed."""
-    found = {}
+    found: dict[str, str] = {}
     for distribution in metadata.distributions():
         name = distribution.metadata["Name"]
         if name:

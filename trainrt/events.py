@@ -31,7 +31,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 
-from trainrt.record import JOINT, MOMENTS, SCALAR, VERSION, DataPassport, Epoch, Record, Roster
+from trainrt.record import JOINT, MOMENTS, SCALAR, VERSION, Document, Epoch, Record, Roster
 
 PLUGIN = "trainrt"
 SUFFIX = ".trainrt"
@@ -109,9 +109,9 @@ def encode_epoch(epoch: Epoch, wall_time: float | None = None) -> bytes:
     return _encode_json("epoch", {"epoch": epoch.epoch, "step": epoch.step, "logs": logs}, epoch.step, wall_time)
 
 
-def encode_data(passport: DataPassport, wall_time: float | None = None) -> bytes:
-    """What the data looked like, as far as is known; replaces what was written before."""
-    return _encode_json("data", {"step": passport.step, "content": dict(passport.content)}, passport.step, wall_time)
+def encode_document(document: Document, wall_time: float | None = None) -> bytes:
+    """A document, its kind, step and content."""
+    return _encode_json("document", dataclasses.asdict(document), document.step, wall_time)
 
 
 def encode_findings(findings: Sequence[Mapping[str, Any]], step: int, wall_time: float | None = None) -> bytes:
@@ -377,7 +377,7 @@ class StoredRecord:
         return Record(self.steps, self.wall_time, dict(self.moments), self.joint, self.scalars)
 
 
-Item = Opening | StoredRecord | Epoch | DataPassport | Findings | End
+Item = Opening | StoredRecord | Epoch | Document | Findings | End
 
 
 class Reader:
@@ -477,7 +477,7 @@ class Reader:
             for name, decode in (
                 ("roster", self._opening),
                 ("epoch", _epoch),
-                ("data", _data),
+                ("document", _document),
                 ("findings", lambda content: _findings(event.step, content)),
                 ("end", _end),
             ):
@@ -584,9 +584,10 @@ def _epoch(content: dict) -> Epoch:
     return Epoch(content["epoch"], content["step"], {str(k): float(v) for k, v in content["logs"].items()})
 
 
-def _data(content: dict) -> DataPassport:
-    _check(type(content["step"]) is int and isinstance(content["content"], dict), "the data passport")
-    return DataPassport(content["step"], content["content"])
+def _document(content: dict) -> Document:
+    kind, step, inner = content["kind"], content["step"], content["content"]
+    _check(isinstance(kind, str) and type(step) is int and isinstance(inner, dict), "the document")
+    return Document(kind, step, inner)
 
 
 def _findings(step: int, content: list) -> Findings:

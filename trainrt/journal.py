@@ -85,7 +85,12 @@ class Journal(contextlib.AbstractContextManager):
         self._recorder.push(first, every, vectors, begun, ended)
         self._last_step = first + int(vectors.shape[0]) - 1
         if self._audit.draft_due:
-            self._recorder.data(self._last_step, self._audit.passport)
+            self.document("data", self._audit.passport)
+
+    def document(self, kind: str, describe: Callable[[], Mapping[str, Any]]) -> None:
+        """Writes what `describe` returns, called later on the recorder's thread; nothing before the record is open."""
+        if self._recorder is not None:
+            self._recorder.document(kind, self._last_step, describe)
 
     def epoch(self, epoch: Epoch) -> None:
         if self._recorder is not None:
@@ -95,7 +100,7 @@ class Journal(contextlib.AbstractContextManager):
     def _tell_data(self) -> None:
         if self._recorder is not None and self._audit.due:
             self._audit.told()
-            self._recorder.data(self._last_step, self._audit.passport)
+            self.document("data", self._audit.passport)
 
     def look(self) -> list[Finding]:
         """What is wrong so far and has not been said yet; looks only as often as costs a hundredth of the training."""

@@ -350,14 +350,16 @@ class Epoch:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataPassport:
-    """What the data looked like, as far as it was known after a step; a later one replaces it.
+class Document:
+    """Whatever else is known of a run, as it was known after a step: the data passport, what a trace says, digests.
 
     Attributes:
+      kind: What it is of, e.g. `"data"`: a run keeps all documents of a kind, in order.
       step: The step.
-      content: JSON-able, with string keys: `train`, and `validation` and `overlap` when there is validation data.
+      content: JSON-able, with string keys.
     """
 
+    kind: str
     step: int
     content: Mapping[str, Any]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, MOMENTS, DataPassport, Epoch, Moments, Record, Roster
+from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, MOMENTS, Document, Epoch, Moments, Record, Roster
 from trainrt.sinks import Sink
 from trainrt.update import unpack
 
@@ -37,7 +37,8 @@ class _Chunk(NamedTuple):
     ended: float
 
 
-class _Data(NamedTuple):
+class _Pending(NamedTuple):
+    kind: str
     step: int
     describe: Callable[[], Mapping[str, Any]]
 
@@ -76,9 +77,9 @@ class Recorder:
     def epoch(self, epoch: Epoch) -> None:
         self._queue.put(epoch)
 
-    def data(self, step: int, describe: Callable[[], Mapping[str, Any]]) -> None:
-        """Has the data described, on the recorder's thread: `describe` returns the content of a `DataPassport`."""
-        self._queue.put(_Data(step, describe))
+    def document(self, kind: str, step: int, describe: Callable[[], Mapping[str, Any]]) -> None:
+        """Writes a document; `describe` returns its content, and is called on the recorder's thread."""
+        self._queue.put(_Pending(kind, step, describe))
 
     def drain(self) -> None:
         """Returns when all that was pushed has reached the sinks."""
@@ -104,7 +105,7 @@ class Recorder:
                 if due or sum(len(r) for r in self._waiting) >= DELIVERY_WINDOWS:
                     self._deliver()
                 continue
-            if isinstance(item, _Data):
+            if isinstance(item, _Pending):
                 self._guarded(lambda item=item: self._describe(item))
                 continue
             self._guarded(lambda: self._waiting.extend(self._windows.rest()))
@@ -117,9 +118,9 @@ class Recorder:
                 self._each(lambda sink, item=item: sink.close(item.findings, item.end))
                 return
 
-    def _describe(self, data: _Data) -> None:
-        passport = DataPassport(data.step, data.describe())
-        self._each(lambda sink: sink.write(passport))
+    def _describe(self, pending: _Pending) -> None:
+        document = Document(pending.kind, pending.step, pending.describe())
+        self._each(lambda sink: sink.write(document))
 
     def _take(self, chunk: _Chunk) -> None:
         self._waiting.extend(self._windows.add(self._record(chunk)))

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainrt import events, statistics
-from trainrt.record import JOINT, MOMENTS, SCALAR, DataPassport, Epoch, Moments, Parameter, Record, Roster
+from trainrt.record import JOINT, MOMENTS, SCALAR, Document, Epoch, Moments, Parameter, Record, Roster
 
 if TYPE_CHECKING:
     import pandas
@@ -46,10 +46,10 @@ class Run:
       end: `how`, `detail` and `wall_time` of its end; None: it still runs, or was killed.
       path: The event file that it comes from.
       problems: What could not be read, a line each.
-      data: The data passport: what the data looked like, see `trainrt.audit`; empty until it is known.
+      documents: What else is known: the data passport, what a trace says, digests.
 
     Attributes:
-      roster, environment, epochs, end, path, data: As above.
+      roster, environment, epochs, end, path, documents: As above.
       recorded_findings: The `findings` above.
     """
 
@@ -63,11 +63,11 @@ class Run:
         end: Mapping[str, Any] | None = None,
         path: str | os.PathLike | None = None,
         problems: Sequence[str] = (),
-        data: Mapping[str, Any] | None = None,
+        documents: Sequence[Document] = (),
     ):
         self.roster = roster
         self.environment: dict[str, Any] = dict(environment or {})
-        self.data: dict[str, Any] = dict(data or {})
+        self.documents = list(documents)
         self.epochs = list(epochs)
         self.recorded_findings = [dict(finding) for finding in findings]
         self.end = None if end is None else dict(end)
@@ -139,8 +139,8 @@ class Run:
                     chunks.append(item)
                 elif isinstance(item, Epoch):
                     self.epochs.append(item)
-                elif isinstance(item, DataPassport):
-                    self.data = dict(item.content)
+                elif isinstance(item, Document):
+                    self.documents.append(item)
                 elif isinstance(item, events.Findings):
                     self.recorded_findings += [f for f in item.findings if f not in self.recorded_findings]
                 elif isinstance(item, events.End):
@@ -185,6 +185,15 @@ class Run:
         except OSError:
             written = -math.inf
         return "running" if time.time() - written < _SILENCE_S else "killed"
+
+    def document(self, kind: str) -> dict[str, Any]:
+        """The content of the newest document of that kind, e.g. `"data"`; empty when there is none."""
+        return next((dict(d.content) for d in reversed(self.documents) if d.kind == kind), {})
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The data passport: what the data looked like, see `trainrt.audit`; empty until it is known."""
+        return self.document("data")
 
     def __len__(self) -> int:
         return sum(map(len, self._chunks))
@@ -380,7 +389,7 @@ class Run:
             self.end,
             self.path,
             self.problems,
-            self.data,
+            self.documents,
         )
         run._chunks, run._groups, run._joined = list(chunks), groups, joined
         return run
@@ -422,7 +431,7 @@ class Run:
         environment: Mapping[str, Any] | None = None,
         epochs: Sequence[Epoch] = (),
         end: Mapping[str, Any] | None = None,
-        data: Mapping[str, Any] | None = None,
+        documents: Sequence[Document] = (),
         **values: Any,
     ) -> Run:
         """A run of windows of one step whose statistics are the values given, and those of a healthy run otherwise.
@@ -434,7 +443,7 @@ class Run:
           dtype: Its dtype.
           slots: Slots of the optimizer; all zeros unless given a norm.
           scalars: More scalars, name -> value or [T].
-          environment: As for `Run`; so are `epochs`, `end` and `data`.
+          environment: As for `Run`; so are `epochs`, `end` and `documents`.
           **values: `loss`, `learning_rate`: a number or [T]. Any of the following, a number, [T] or [T, P]:
             `update_ratio`, `clip_scale`, `clip_share`, `rounded_share`, `gradient_update_cosine`; and for each subject
             `<subject>_norm`, `_rms`, `_mean`, `_absmax`, `_zero_share`, `_nonfinite_share`, `_nonfinite`. A norm of NaN
@@ -451,7 +460,7 @@ class Run:
         from trainrt.synthetic import build
 
         roster, record = build(steps, parameters, size, dtype, tuple(slots), dict(scalars or {}), values)
-        return cls(roster, record, environment=environment, epochs=epochs, end=end, data=data)
+        return cls(roster, record, environment=environment, epochs=epochs, end=end, documents=documents)
 
 
 def _lives(pid: int, start: Any) -> bool:

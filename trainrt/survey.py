@@ -7,7 +7,7 @@ sets can be compared, and what they share is the share that the sets share. Noth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -216,7 +216,7 @@ def _moments(sample: list[np.ndarray]) -> dict[str, Any]:
     if channels <= CHANNELS:
         result |= {"mean": mean.tolist(), "std": std.tolist()}
     else:
-        spread = {"lowest": np.min, "median": np.median, "highest": np.max}
+        spread: dict[str, Callable] = {"lowest": np.min, "median": np.median, "highest": np.max}
         result["mean"] = {name: float(f(mean)) for name, f in spread.items()}
         result["std"] = {name: float(f(std)) for name, f in spread.items()}
     rows = sum(len(s) for s in sample)

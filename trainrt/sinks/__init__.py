@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from trainrt.record import DataPassport, Epoch, Record, Roster
+from trainrt.record import Document, Epoch, Record, Roster
 
 
 class Sink(Protocol):
@@ -17,8 +17,8 @@ class Sink(Protocol):
     def open(self, roster: Roster, environment: Mapping[str, Any]) -> None:
         """Called once, before the first record."""
 
-    def write(self, item: Record | Epoch | DataPassport) -> None:
-        """Called with windows of steps every second or so, after each epoch, and with what the data looks like."""
+    def write(self, item: Record | Epoch | Document) -> None:
+        """Called with windows of steps every second or so, after each epoch, and with documents as they come."""
 
     def close(self, findings: Sequence[Mapping[str, Any]], end: Mapping[str, Any]) -> None:
         """Called once: the findings as dicts, and how the run ended ("how", "detail", "step", "wall_time")."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainrt.record import DataPassport, Epoch, Record, Roster
+from trainrt.record import Document, Epoch, Record, Roster
 from trainrt.run import Run
 
 
@@ -19,18 +19,18 @@ class Memory:
         self._environment: Mapping[str, Any] = {}
         self._records: list[Record] = []
         self._epochs: list[Epoch] = []
-        self._data: Mapping[str, Any] = {}
+        self._documents: list[Document] = []
         self._findings: Sequence[Mapping[str, Any]] = ()
         self._end: Mapping[str, Any] | None = None
 
     def open(self, roster: Roster, environment: Mapping[str, Any]) -> None:
         self._roster, self._environment = roster, environment
 
-    def write(self, item: Record | Epoch | DataPassport) -> None:
+    def write(self, item: Record | Epoch | Document) -> None:
         if isinstance(item, Epoch):
             self._epochs.append(item)
-        elif isinstance(item, DataPassport):
-            self._data = item.content
+        elif isinstance(item, Document):
+            self._documents.append(item)
         else:
             self._records.append(item)
 
@@ -49,5 +49,5 @@ class Memory:
             findings=list(self._findings),
             end=self._end,
             path=self._path,
-            data=self._data,
+            documents=list(self._documents),
         )

@@ -22,7 +22,7 @@ from tensorboard.plugins.hparams import summary as sessions
 from tensorboard.plugins.hparams import summary_v2 as hparams
 
 from trainrt import events
-from trainrt.record import JOINT, UPDATE, WEIGHT, DataPassport, Epoch, Moments, Record, Roster
+from trainrt.record import JOINT, UPDATE, WEIGHT, Document, Epoch, Moments, Record, Roster
 
 BUCKETS = 30
 """Of the histogram of update over weight; TensorBoard draws as many."""
@@ -69,7 +69,7 @@ class TensorBoard:
         self._put(_event(hparams.hparams_pb(self._hparams, trial_id=self.path.parent.name), 0))
         self._writer.flush()
 
-    def write(self, item: Record | Epoch | DataPassport) -> None:
+    def write(self, item: Record | Epoch | Document) -> None:
         if isinstance(item, Epoch):
             self._put(events.encode_epoch(item))
             scalars = {f"epoch/{name}": value for name, value in item.logs.items() if isinstance(value, int | float)}
@@ -79,8 +79,8 @@ class TensorBoard:
                 metrics = [hparams.Metric(tag) for tag in scalars]
                 self._put(_event(hparams.hparams_config_pb([hparams.HParam(n) for n in self._hparams], metrics), 0))
             self._put(events.encode_scalars(item.step, time.time(), scalars))
-        elif isinstance(item, DataPassport):
-            self._put(events.encode_data(item))
+        elif isinstance(item, Document):
+            self._put(events.encode_document(item))
         else:
             self._put(events.encode_record(item, self._roster))
             for step, wall_time, scalars in dashboard(item, self._roster):
