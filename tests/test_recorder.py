@@ -44,7 +44,7 @@ def vectors(steps: int, seed=0) -> np.ndarray:
 
 def record(rows: np.ndarray, chunk: int, every=1, budget=1 << 20) -> Keeps:
     sink = Keeps()
-    recorder = Recorder(ROSTER, {}, [sink], budget)
+    recorder = Recorder(ROSTER, dict, [sink], budget)
     for first in range(0, len(rows), chunk):
         part = rows[first : first + chunk]
         recorder.push(first, every, part, first, first + len(part))

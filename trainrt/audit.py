@@ -14,7 +14,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -155,17 +155,27 @@ class Watched:
             except Exception as error:  # a fault of ours must not take the training down
                 self.unseen = f"{type(error).__name__}: {error}"[:500]
 
+        def show(batch) -> tf.Operation:
+            return tf.numpy_function(look, [tf.nest.flatten(batch)[i] for i in indices], [])
+
         @tf.autograph.experimental.do_not_convert
-        def tap(batch_number, batch):
-            tensors = [tf.nest.flatten(batch)[i] for i in indices]
+        def tap_each(*batch):
+            batch = batch if isinstance(dataset.element_spec, tuple) else batch[0]
+            show(batch)
+            return batch
+
+        @tf.autograph.experimental.do_not_convert
+        def tap_some(batch_number, batch):
             due = (batch_number < EVERY_BATCH) | (batch_number % THINNED == 0)
-            tf.cond(due, lambda: _after([tf.numpy_function(look, tensors, [])]), lambda: tf.constant(0, tf.uint8))
+            tf.cond(due, lambda: _after(show(batch)), _after)
             return batch
 
         if not leaves:
             self.unseen = "no dense tensors of numbers"
             return dataset
-        tapped = dataset.enumerate().map(tap)
+        # A `tf.cond` costs a fit some 40 ms of tracing and optimizing, so it is there only for data that is so long.
+        few = 0 <= int(dataset.cardinality()) <= EVERY_BATCH
+        tapped = dataset.map(tap_each) if few else dataset.enumerate().map(tap_some)
         self.surveys[number] = seen
         self.watched += 1
         return tapped
@@ -224,8 +234,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _after(operations: Sequence) -> tf.Tensor:
-    with tf.control_dependencies(operations):
+def _after(operation: tf.Operation | None = None) -> tf.Tensor:
+    with tf.control_dependencies([] if operation is None else [operation]):
         return tf.constant(0, tf.uint8)
 
 

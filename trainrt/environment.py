@@ -96,15 +96,12 @@ class Surroundings:
         return {"git": None, "packages": None, "drivers": None, **self._answers}
 
 
-def passport(
-    model: keras.Model, arguments: Mapping[str, Any], surroundings: Surroundings | None = None
-) -> dict[str, Any]:
+def passport(model: keras.Model, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What is known before the first step, as JSON-able values with string keys.
 
     Args:
       model: A compiled model.
       arguments: The arguments of `fit`; data is described by type and shape, never written down.
-      surroundings: Begun earlier, so that nobody waits for it.
     """
     parts: dict[str, Callable[[], Any]] = {
         "trainrt": lambda: trainrt.__version__,
@@ -131,8 +128,7 @@ def passport(
         "compile": lambda: _compiled(model),
         "fit": lambda: {name: described(value) for name, value in arguments.items()},
     }
-    result = {name: _guarded(ask) for name, ask in parts.items()}
-    return {**result, **(surroundings or Surroundings()).answers()}
+    return {name: _guarded(ask) for name, ask in parts.items()}
 
 
 def weights_digest(model: keras.Model) -> str | None:
@@ -376,6 +372,7 @@ def _git() -> dict[str, Any] | None:
     }
 
 
+@functools.cache
 def _packages() -> dict[str, str]:
     """Name -> version of everything that is installed."""
     found: dict[str, str] = {}

@@ -76,7 +76,7 @@ class Journal(contextlib.AbstractContextManager):
     def open_already(self) -> bool:
         return self._recorder is not None
 
-    def open(self, roster: Roster | None, environment: Mapping[str, Any]) -> None:
+    def open(self, roster: Roster | None, environment: Callable[[], Mapping[str, Any]]) -> None:
         roster = roster or Roster((), (), ())
         self._recorder = Recorder(roster, environment, self._sinks, RECORD_BYTES)
 
@@ -126,7 +126,7 @@ class Journal(contextlib.AbstractContextManager):
             how = "interrupted" if interrupted else "exception"
             self._end = {"how": how, "detail": "" if interrupted else f"{kind.__name__}: {error}"[:2000]}
         if self._recorder is None:
-            self.open(None, {})
+            self.open(None, dict)
         recorder = self._recorder
         assert recorder is not None
         self._tell_data()

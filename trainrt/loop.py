@@ -300,18 +300,14 @@ class _Training:
                 stacklevel=5,
             )
         roster = self._step.roster if self._step else None
-        passport = environment.passport(self._model, self._given, self._surroundings)
-        updates = self._step.paths if self._step else {}
-        self.journal.open(
-            roster,
-            {
-                **passport,
-                "observed": roster is not None,
-                "unobserved": unseen,
-                "updates": updates,
-                "weights_digest": self._begun_with,
-            },
-        )
+        passport = {
+            **environment.passport(self._model, self._given),
+            "observed": roster is not None,
+            "unobserved": unseen,
+            "updates": self._step.paths if self._step else {},
+            "weights_digest": self._begun_with,
+        }
+        self.journal.open(roster, lambda: {**passport, **self._surroundings.answers()})
 
     def _weights(self) -> str | None:
         """Digest of the weights as they are; None where nothing is recorded, or they are not built yet."""

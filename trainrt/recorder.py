@@ -53,20 +53,22 @@ class Recorder:
 
     Args:
       roster: The names along the axes of the vectors.
-      environment: The passport of the run.
+      environment: Returns the passport of the run; called on the recorder's thread, so that the training does not wait.
       sinks: Where the records go.
       budget_bytes: About how large the record may grow: windows widen as it does, and no step is left out of them.
     """
 
-    def __init__(self, roster: Roster, environment: Mapping[str, Any], sinks: Sequence[Sink], budget_bytes: int):
+    def __init__(
+        self, roster: Roster, environment: Callable[[], Mapping[str, Any]], sinks: Sequence[Sink], budget_bytes: int
+    ):
         self._device_roster = roster
         self.roster = Roster(roster.parameters, roster.subjects, (*roster.scalars, *HOST_SCALARS))
+        self._environment = environment
         self._sinks = list(sinks)
         self._windows = _Windows(self.roster, budget_bytes)
         self._waiting: list[Record] = []
         self._delivered = time.monotonic()
         self._queue: queue.Queue = queue.Queue(QUEUE_CHUNKS)
-        self._each(lambda sink: sink.open(self.roster, environment))
         self._thread = threading.Thread(target=self._work, name="trainrt-recorder", daemon=True)
         self._thread.start()
 
@@ -93,6 +95,8 @@ class Recorder:
         self._thread.join()
 
     def _work(self) -> None:
+        passport = self._environment()
+        self._each(lambda sink: sink.open(self.roster, passport))
         while True:
             try:
                 item = self._queue.get(timeout=DELIVERY_S)
