@@ -16,6 +16,7 @@ FLOORS = (
     {"findings", "moments", "audit"},
     {"fused"},
     {"update"},
+    {"determinism"},
     {"sinks", "step", "batches", "environment", "pace"},
     {"recorder", "arguments"},
     {"journal"},

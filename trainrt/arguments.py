@@ -12,6 +12,7 @@ import keras
 from trainrt import clip as clips
 from trainrt import doors
 from trainrt.clip import Clip
+from trainrt.determinism import modes
 from trainrt.sinks import Sink
 
 NONFINITE = ("report", "skip", "stop")
@@ -26,12 +27,16 @@ class Request:
       clip: Scales for the gradients, or None.
       every: Observe every n-th step; 0 observes none.
       sinks: More places for the record.
+      deterministic: False, True, or "xla": with XLA.
+      seed: For all random generators, or None.
     """
 
     logdir: str | None
     clip: Clip | None
     every: int
     sinks: tuple[Sink, ...]
+    deterministic: bool | str = False
+    seed: int | None = None
 
 
 def check(
@@ -44,12 +49,14 @@ def check(
     trace: Any,
     on_nonfinite: Any,
     sinks: Any,
+    seed: Any = None,
 ) -> Request:
     """Checks the model and the arguments that are not Keras's.
 
     Raises:
       TypeError: Not a Keras model, or an argument of the wrong type.
       ValueError: A model that is not compiled, or a value out of range or in conflict with another.
+      RuntimeError: It is too late in this process for deterministic training.
       NotImplementedError: Asked for something that is not built yet.
     """
     if not doors.is_trainer(model):
@@ -59,19 +66,17 @@ def check(
             "A model of tf_keras (Keras 2) has to be ported to Keras 3 first."
         )
     doors.assert_compiled(model)
-    request = Request(_logdir(logdir), clips.resolve(clip), _every(observe), _sinks(sinks))
+    _deterministic(deterministic)
+    request = Request(
+        _logdir(logdir), clips.resolve(clip), _every(observe), _sinks(sinks), deterministic, modes.checked(seed)
+    )
     if request.clip is not None:
         _one_clip(model, request.clip)
-    if not isinstance(deterministic, bool):
-        raise TypeError(f"`deterministic` must be True or False. Received: deterministic={deterministic!r}.")
     if on_nonfinite not in NONFINITE:
         raise ValueError(f"`on_nonfinite` must be one of {NONFINITE}. Received: on_nonfinite={on_nonfinite!r}.")
     _trace(trace)
     if deterministic:
-        raise NotImplementedError(
-            "`deterministic=True` is not built yet. Until it is: keras.utils.set_random_seed(seed) and "
-            "tf.config.experimental.enable_op_determinism() before the first op."
-        )
+        modes.refuse(model, request.seed)
     if on_nonfinite != "report":
         raise NotImplementedError(
             f"`on_nonfinite={on_nonfinite!r}` is not built yet; 'report' is. Until it is, "
@@ -141,6 +146,14 @@ def _every(observe: Any) -> int:
     if observe < 1:
         raise ValueError(f"`observe` must be at least 1; to switch it off pass observe=False. Received: {observe}.")
     return observe
+
+
+def _deterministic(deterministic: Any) -> None:
+    if not isinstance(deterministic, bool) and deterministic != modes.XLA:
+        raise TypeError(
+            f"`deterministic` must be True, False, or {modes.XLA!r} for determinism with XLA. "
+            f"Received: deterministic={deterministic!r}."
+        )
 
 
 def _sinks(sinks: Any) -> tuple[Sink, ...]:

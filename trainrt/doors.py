@@ -18,6 +18,8 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `model._get_metrics_result_or_logs`, `model._should_eval` | logs of an epoch, `validation_freq` | 15 lines of our own |
 | `reduce_per_replica` | logs of several replicas to one | `Strategy.reduce` |
 | `model._aggregate_additional_loss` | tells the data loss from `add_loss` and regularisers | a public hook in `compute_loss` |
+| `model._flatten_layers` | every layer at any depth | a public `keras.Layer.layers` for layers too |
+| `model._jit_compile` | what `compile` was asked for, before `jit_compile` resolves it; XLA with determinism, which the setter refuses | an argument of `compile` |
 | `model._compile_loss._user_loss` | the loss function in the passport | `model.get_compile_config` |
 | `optimizer._trainable_variables`, its per-variable lists | pairs slots with weights | public slot names |
 """
@@ -188,6 +190,29 @@ def build_optimizer(model: keras.Model) -> None:
         with keras.name_scope(optimizer.name, caller=optimizer):
             optimizer.build(model.trainable_weights)
         optimizer.built = True
+
+
+def layers_of(model: keras.Model) -> list[keras.Layer]:
+    """Every layer of a model at any depth, the model first."""
+    return list(model._flatten_layers())
+
+
+def jit_asked_for(model: keras.Model) -> bool | None:
+    """Whether XLA compiles the step as things stand; None: Keras decides when it is first asked."""
+    return model._jit_compile
+
+
+def set_jit(model: keras.Model, value: bool) -> None:
+    """Sets `jit_compile` past its setter, which refuses XLA in deterministic mode; a step made before is made anew."""
+    if model._jit_compile is not value:
+        model._jit_compile = value
+        model.train_function = model.test_function = model.predict_function = None
+
+
+def traced_functions(model: keras.Model) -> list[str]:
+    """The names of those of a model's functions that were made already, and may have been traced."""
+    names = ("train_function", "test_function", "predict_function")
+    return [name for name in names if getattr(model, name, None) is not None]
 
 
 def compiled_loss(model: keras.Model):

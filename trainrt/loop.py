@@ -17,6 +17,7 @@ from trainrt.arguments import Request
 from trainrt.audit import Audit
 from trainrt.batches import Batches, Execution
 from trainrt.clip import Clip
+from trainrt.determinism import modes
 from trainrt.journal import Journal, floats
 from trainrt.pace import Pace, listens_to_batches
 from trainrt.record import Epoch
@@ -46,7 +47,8 @@ def fit(
     logdir: str | None = None,
     clip: float | Clip | None = None,
     observe: bool | int = True,
-    deterministic: bool = False,
+    deterministic: bool | str = False,
+    seed: int | None = None,
     trace: tuple[int, int] | None = None,
     on_nonfinite: str = "report",
     sinks: Sequence[Sink] = (),
@@ -62,7 +64,10 @@ def fit(
       clip: Clips the gradients before they reach the optimizer, and records it: a number is the global norm;
         `trainrt.clip` has others.
       observe: True observes every step, an int n every n-th, False none. It never changes the training.
-      deterministic: Not built yet.
+      deterministic: True trains the same bits each time, on the same machine with the same versions: see
+        `trainrt.determinism`. It holds for the process from then on; "xla" compiles with XLA as well.
+      seed: Seeds Python, NumPy, TensorFlow and Keras before the first step. Weights that are there already were drawn
+        before: `trainrt.determinism.enable(seed)` above the model covers them.
       trace: Not built yet.
       on_nonfinite: "report" goes on as Keras does and says where the first NaN was. "skip" and "stop" are not built
         yet.
@@ -74,6 +79,7 @@ def fit(
 
     Raises:
       TypeError, ValueError: A bad argument; the message names the remedy. Nothing has been trained or written then.
+      RuntimeError: It is too late in this process for deterministic training. Nothing has been trained then.
       OSError: `logdir` cannot be written. Nothing has been trained then.
       NotImplementedError: Asked for something that is not built yet.
     """
@@ -87,7 +93,9 @@ def fit(
         trace=trace,
         on_nonfinite=on_nonfinite,
         sinks=sinks,
+        seed=seed,
     )
+    mode = modes.enter(model, request.deterministic, request.seed)
     most = keras.config.max_epochs()
     if most and most < epochs:
         warnings.warn(f"Limiting epochs to {most}", stacklevel=2)
@@ -126,7 +134,7 @@ def fit(
         )
     if model.built:
         arguments.check_trainable(model, request)
-    training = _Training(model, batches, callbacks, request, given, watched)
+    training = _Training(model, batches, callbacks, request, given, watched, mode)
     with training.journal:
         model.stop_training = False
         model.make_train_function()
@@ -185,11 +193,13 @@ class _Training:
         request: Request,
         given: Mapping[str, Any],
         watched: Audit,
+        mode: modes.Mode,
     ):
         self._model = model
         self._batches = batches
         self._callbacks = callbacks
         self._given = given
+        self._mode = mode
         self._pace = Pace()
         self._request = request
         self._step: Step | None = None
@@ -307,7 +317,12 @@ class _Training:
             "updates": self._step.paths if self._step else {},
             "weights_digest": self._begun_with,
         }
-        self.journal.open(roster, lambda: {**passport, **self._surroundings.answers()})
+
+        def whole():
+            known = {**passport, **self._surroundings.answers()}
+            return {**known, "determinism": modes.passport(self._mode, known, self._given)}
+
+        self.journal.open(roster, whole)
 
     def _weights(self) -> str | None:
         """Digest of the weights as they are; None where nothing is recorded, or they are not built yet."""
