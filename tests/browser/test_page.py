@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from trainrt import report_html
+from trainrt import events, report_html
+from trainrt.record import Document
 from trainrt.run import Run
 
 from .conftest import Writer
@@ -65,6 +66,32 @@ def test_too_low_and_fine_read_at_once(tab, server, logdir):
     assert page.text("h1") == "No rule found a fault"
     rgb = pixel(page, LEFT + 300, TOP + 15)
     assert min(rgb) > 190, "a learning layer is pale"
+
+
+def test_the_data_passport_sets_training_beside_validation(tab, server):
+    page = tab().go(server)
+    told = page.frame.get_by_role("region", name="What the data looked like")
+    assert told.locator("thead").inner_text().split() == ["Training", "Validation"]
+    rows = dict(row.split("\t")[:2] for row in told.locator("tbody").inner_text().splitlines())
+    assert rows["rows"] == "1,437"
+    assert rows["input: range"] == "0 to 1"
+    assert rows["target: classes"].startswith("10 (")
+    assert "None of the 360 validation rows" in page.text("#passport-title >> xpath=../..")
+    told.scroll_into_view_if_needed()
+    page.keep("data")
+
+
+def test_nonsense_in_place_of_a_data_passport_leaves_the_page_whole(tab, serve, tmp_path):
+    writer = Writer(tmp_path / "a", Run.synthetic(steps=8))
+    writer.put(
+        events.encode_document(
+            Document("data", 0, {"train": {"rows": {}, "inputs": 7, "pipeline": {"stages": [HOSTILE]}}})
+        )
+    )
+    writer.windows(0, 8).close()
+    page = tab().go(serve(tmp_path))
+    assert page.text("h1") == "No rule found a fault"
+    assert "makes no sense" in page.text(".problem")
 
 
 def test_a_finding_leads_to_its_steps_and_layers(tab, server):

@@ -130,6 +130,7 @@ def summary(
         "epoch_count": len(run.epochs),
         "end": run.end,
         "environment": run.environment,
+        "data": run.data,
         "problems": run.problems,
         "traced": traced,
     }

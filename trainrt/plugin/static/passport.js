@@ -1,8 +1,10 @@
 // What the run was made with: configuration, versions, devices, and what of it can be trusted to come out the same.
+import { dataPassport } from './data.js';
 import { el } from './dom.js';
 import { short } from './numbers.js';
 
 const HIDDEN = new Set(['start', 'observed', 'unobserved_because']);
+const LONG = 12; // rows of a section that is open from the start
 
 function text(value) {
   if (value === null || value === undefined) return '-';
@@ -45,6 +47,6 @@ export function passport(run) {
     el('div', { class: 'bar-head' }, el('h2', { id: 'passport-title' }, 'Passport'),
       el('span', { class: `badge ${level}` }, words), trace),
     plain.length || sections.length ? el('div', { class: 'passport' },
-      table(plain), ...sections.filter(([, r]) => r.length).map(([name, pairs]) => el('details', { open: ['optimizer', 'compile', 'data'].includes(name) },
+      table(plain), dataPassport(run.data), ...sections.filter(([, r]) => r.length).map(([name, pairs]) => el('details', { open: ['optimizer', 'compile'].includes(name) && pairs.length <= LONG },
         el('summary', {}, name), table(pairs)))) : el('p', { class: 'empty' }, 'This record has no passport.'));
 }
