@@ -19,6 +19,7 @@ _HOME = {
     "Run": "trainrt.run",
     "Finding": "trainrt.findings",
     "diagnose": "trainrt.findings",
+    "compare": "trainrt.comparison",
     "statistic": "trainrt.statistics",
 }
 

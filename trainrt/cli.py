@@ -1,6 +1,7 @@
-"""The command line: `trainrt report`, `explain`, `demo`, `kernels`.
+"""The command line: `trainrt report`, `compare`, `explain`, `demo`, `kernels`.
 
-Imports are inside the commands, so that each starts as fast as it can; `report` and `explain` need no TensorFlow.
+Imports are inside the commands, so that each starts as fast as it can; `report`, `compare` and `explain` need
+no TensorFlow.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainrt import __version__
+from trainrt.record import unique
 
 if TYPE_CHECKING:
     from trainrt.findings import Finding
@@ -56,6 +58,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page with plots")
     report.add_argument("--all", action="store_true", help="report every run in the directory, not the newest alone")
     report.set_defaults(command=_report)
+
+    compare = commands.add_parser("compare", help="say what likely explains that BAD did not do what GOOD did")
+    compare.add_argument("good", type=Path, metavar="GOOD", help="log directory of a run that was well")
+    compare.add_argument(
+        "bad", type=Path, nargs="+", metavar="BAD", help="log directory of the run in question; or more"
+    )
+    compare.add_argument("--good", type=Path, action="append", default=[], dest="more", metavar="DIR",
+                         help="another run that was well, to see how much good runs vary; may be repeated")  # fmt: skip
+    compare.add_argument("--json", action="store_true", help="print JSON")
+    compare.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page with plots")
+    compare.set_defaults(command=_compare)
 
     explain = commands.add_parser("explain", help="list the rules, or print what one means")
     explain.add_argument("rule", nargs="?", help="name of a rule")
@@ -115,6 +128,42 @@ def _report(options: argparse.Namespace) -> int:
             f"{len(others)} other run{'s' if len(others) > 1 else ''} here (this was the newest; --all reports all): "
             + ", ".join(others)
         )
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from trainrt.comparison import compare
+    from trainrt.comparison.render import render
+    from trainrt.run import Run
+
+    try:
+        goods, bads = [[Run.open(path) for path in paths] for paths in ((options.good, *options.more), options.bad)]
+        compared = [compare(goods, bad) for bad in bads]
+    except (OSError, ValueError) as error:
+        return _refuse(f"these runs cannot be compared: {error}")
+    if options.html:
+        paths = (options.good, *options.bad)
+        named = [(str(path), run) for path, run in zip(paths, (goods[0], *bads), strict=True)]
+        return _write_comparison(options.html, named)
+    if options.json:
+        print(json.dumps({"comparisons": [each.to_dict() for each in compared]}, indent=2, allow_nan=False))
+        return 0
+    for index, each in enumerate(compared):
+        if index:
+            print("\n")
+        render(each)
+    return 0
+
+
+def _write_comparison(file: Path, named: list[tuple[str, Run]]) -> int:
+    from trainrt import report_html
+
+    names = unique(name for name, _ in named)
+    try:
+        report_html.write(file, [(name, run) for name, (_, run) in zip(names, named, strict=True)], compare=True)
+    except OSError as error:
+        return _refuse(f"{file} cannot be written: {error}")
+    _say(f"{file} compares {len(named)} runs; open it in a browser.")
     return 0
 
 

@@ -31,19 +31,23 @@ _IMPORT = re.compile(r"(from|import) '\./([\w.-]+\.js)'")
 _POLICY = "default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline'; img-src data: blob:"
 
 
-def build(runs: Sequence[tuple[str, Run]], title: str = "Training report") -> str:
+def build(runs: Sequence[tuple[str, Run]], title: str = "Training report", compare: bool = False) -> str:
     """The page for one or more runs.
 
     Args:
       runs: Their names, which the page shows, and the runs; the first is opened first.
       title: Title of the page.
+      compare: The page opens with the second run compared to the first.
 
     Returns:
       A whole HTML document.
     """
     content: dict = {"names": [name for name, _ in runs], "runs": {}, "pictures": {}, "compared": {}}
+    if compare and len(runs) > 1:
+        content["versus"] = runs[1][0]
+    found: dict[str, list] = {}
     for name, run in runs:
-        findings = summary.Judge().findings(run, whole=True)
+        findings = found[name] = summary.Judge().findings(run, whole=True)
         told = summary.summary(name, run, findings)
         told["rows"] = {"layers": told["rows"]["layers"]}
         held = [n for n in (*STATISTICS, *_of_slots(run)) if n in run.statistics]
@@ -55,18 +59,17 @@ def build(runs: Sequence[tuple[str, Run]], title: str = "Training report") -> st
     for name, run in runs:
         for other, versus in runs:
             if other != name:
-                rows = summary.differences(run.environment, versus.environment)
-                content["compared"][f"{name}\n{other}"] = {"passport": rows, **answers.divergence(run, versus)}
+                content["compared"][f"{name}\n{other}"] = answers.compared(run, versus, found[name], found[other])
     return _document(content, title)
 
 
-def write(path: Path, runs: Sequence[tuple[str, Run]]) -> None:
-    """Writes the page to a file.
+def write(path: Path, runs: Sequence[tuple[str, Run]], compare: bool = False) -> None:
+    """Writes the page to a file. `compare`: it opens with the second run compared to the first.
 
     Raises:
       OSError: The file cannot be written.
     """
-    path.write_text(build(runs), encoding="utf-8")
+    path.write_text(build(runs, compare=compare), encoding="utf-8")
 
 
 def _of_slots(run: Run) -> list[str]:

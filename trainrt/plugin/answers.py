@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from trainrt.comparison.ranking import LIKELY, contrast
+from trainrt.findings import Finding
 from trainrt.plugin import summary, tables, wire
 from trainrt.run import Run
 
@@ -92,10 +94,10 @@ def scalars(plugin, experiment: str, asked: Mapping[str, str]) -> bytes:
 
 
 def compare(plugin, experiment: str, asked: Mapping[str, str]) -> dict[str, Any]:
-    left = plugin.opened(experiment, _text(asked, "run")).tables.run
-    right = plugin.opened(experiment, _text(asked, "versus")).tables.run
-    rows = summary.differences(left.environment, right.environment)
-    return {"passport": rows, **divergence(left, right)}
+    left = plugin.opened(experiment, _text(asked, "run"))
+    right = plugin.opened(experiment, _text(asked, "versus"))
+    findings = [found.judge.findings(found.tables.run) for found in (left, right)]
+    return compared(left.tables.run[:], right.tables.run[:], *findings)
 
 
 ROUTES: dict[str, Callable] = {
@@ -145,6 +147,22 @@ def scalar_lines(kept: tables.Tables, cut: tables.Columns) -> bytes:
         mean, low, high = tables.reduce_scalar(columns, cut).T
         arrays[name] = np.stack([low, mean, high]).astype("<f4")
     return wire.pack({"edges": cut.edges}, {**arrays, "extents": cut.extents.astype("<f8")})
+
+
+def compared(left: Run, right: Run, *findings: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page says of two runs, the left one taken as the good one: `ranked` is what `trainrt compare` ranks."""
+    found = [[Finding.from_dict(each) for each in some] for some in findings]
+    told = contrast([left], right, *found).to_dict()
+    likely = [each for each in told["differences"] if each["likelihood"] >= LIKELY]
+    fields = ("name", "good", "bad", "likelihood", "message", "support", "advice")
+    return {
+        "passport": summary.differences(left.environment, right.environment),
+        "ranked": [{name: each[name] for name in fields} for each in likely],
+        "verdict": told["verdict"],
+        "start": told["start"]["message"],
+        "departures": [each["message"] for each in told["departures"][:5]],
+        **divergence(left, right),
+    }
 
 
 def divergence(left: Run, right: Run) -> dict[str, Any]:

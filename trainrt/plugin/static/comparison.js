@@ -16,9 +16,10 @@ export class Comparison {
     this.legend = el('div', {});
     this.said = el('p', { class: 'said' });
     this.table = el('div', {});
+    this.ranked = el('div', { class: 'ranked' });
     this.names = [el('h3', {}), el('h3', {}), el('h3', {})];
     this.node = el('section', { 'aria-labelledby': 'compare-title', hidden: true },
-      el('div', { class: 'bar-head' }, el('h2', { id: 'compare-title' }, 'Comparison')), this.said,
+      el('div', { class: 'bar-head' }, el('h2', { id: 'compare-title' }, 'Comparison')), this.ranked, this.said,
       this.names[0], this.own.node, this.names[1], this.other.node, this.names[2], this.legend, this.difference.node, this.table);
   }
 
@@ -42,6 +43,7 @@ export class Comparison {
     this.difference.update({ ...shared, show: 'mean', picture: apart, scale: colours, marks: first,
       describe: (v) => (apart.kind === 'difference' ? `${short(10 ** v)} times as large` : `${short(v)} more`) });
     this.said.textContent = sentence(told);
+    this.ranked.replaceChildren(...explanations(told, run.name, versus.name));
     this.table.replaceChildren(told.passport.length ? table(told.passport, run.name, versus.name)
       : el('p', { class: 'empty' }, 'The passports say the same.'));
   }
@@ -52,6 +54,20 @@ function sentence(told) {
   if (told.differs === null) return `The losses are the same bits in all ${count(told.common)} steps that both recorded.`;
   const seen = told.diverges === null ? 'and stay within 5 % of each other.' : `and are more than 5 % apart from step ${count(told.diverges)} on.`;
   return `The losses first differ at step ${count(told.differs)}, ${seen}`;
+}
+
+// What likely explains that the other run did not do what this one did, and where it left this one's band.
+function explanations(told, mine, theirs) {
+  const likely = told.ranked.map((d) => el('li', {},
+    el('p', {}, el('b', {}, d.name), ` ${d.good} → ${d.bad} `, el('span', { class: 'share' }, `${Math.round(100 * d.likelihood)} % likely`)),
+    el('p', {}, [d.message, ...d.support].filter(Boolean).join(' ')),
+    ...d.advice.map((line) => el('p', { class: 'try' }, el('b', {}, 'Try'), line))));
+  return [
+    el('h3', {}, likely.length ? `What most likely explains that ${theirs} differs from ${mine}` : told.verdict),
+    likely.length ? el('ol', { 'aria-label': 'Explanations, likeliest first' }, ...likely) : '',
+    el('p', {}, told.start),
+    told.departures.length ? el('p', {}, `${theirs} leaves the band in which ${mine} moves: ${told.departures.join('; ')}.`) : '',
+  ];
 }
 
 function table(rows, left, right) {

@@ -13,7 +13,7 @@ export async function embedded(content) {
   };
   return {
     live: false,
-    runs: async () => ({ runs: content.names }),
+    runs: async () => ({ runs: content.names, versus: content.versus }),
     run: async ({ run }) => content.runs[run],
     compare: async ({ run, versus }) => content.compared[`${run}\n${versus}`],
     map: async (query) => cut(of(query.run, query.statistic), query),

@@ -52,7 +52,9 @@ class Page {
 
   async listing() {
     try {
-      this.names = (await this.source.runs()).runs;
+      const told = await this.source.runs();
+      this.names = told.runs;
+      if (told.versus && !this.place.versus && !this.place.run) this.place.versus = told.versus;
     } catch (error) {
       return this.fail(error);
     }
