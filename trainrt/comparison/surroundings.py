@@ -36,6 +36,9 @@ PRIORS = {
 """How likely each is to explain anything, before the runs are looked at; the longest name that fits counts."""
 
 DEFAULT = 0.03
+SUMS = ("determinism.fingerprint", "determinism.seed", "determinism.changes")
+"""Entries that sum up others, or repeat them."""
+
 ELSEWHERE = frozenset(
     """model optimizer compile fit seed precision floatx weights_digest start pid user random_states observed
     unobserved packages updates run_name""".split()  # noqa: SIM905
@@ -47,7 +50,7 @@ def examine(good: Run, bad: Run) -> Iterator[Difference]:
     """All differences of the surroundings, in no order."""
     mine, yours = (dict(_flat(run.environment)) for run in (good, bad))
     for name in dict.fromkeys((*mine, *yours)):
-        if mine.get(name) != yours.get(name) and name.partition(".")[0] not in ELSEWHERE:
+        if mine.get(name) != yours.get(name) and name not in SUMS and name.partition(".")[0] not in ELSEWHERE:
             yield Difference(ENVIRONMENT, name, said(mine.get(name)), said(yours.get(name)), _prior(name))
     left, right = (run.environment.get("packages") for run in (good, bad))
     if isinstance(left, Mapping) and isinstance(right, Mapping) and not ("error" in left or "error" in right):
