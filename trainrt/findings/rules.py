@@ -109,6 +109,24 @@ def _rank(finding: Finding):
     return -SEVERITIES.index(finding.severity), -finding.confidence, finding.steps[0], finding.rule, finding.where
 
 
+def about(
+    run: Run,
+    rule: str,
+    severity: str,
+    confidence: float,
+    causes: tuple[str, ...],
+    message: str,
+    evidence: dict,
+    advice: tuple[str, ...],
+    where: tuple[str, ...] = (),
+    steps: tuple[int, int] | None = None,
+) -> Finding:
+    """A finding about all steps of a run, unless told which."""
+    if steps is None:
+        steps = (int(run.steps[0, 0]), int(run.steps[-1, 1]))
+    return Finding(rule, severity, confidence, causes, where, steps, message, evidence, advice)
+
+
 def _broken(each: Rule, error: Exception, run: Run) -> Finding:
     name = getattr(each, "__name__", repr(each))
     steps = (int(run.steps[0, 0]), int(run.steps[-1, 1])) if len(run.steps) else (0, 0)

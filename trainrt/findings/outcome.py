@@ -1,0 +1,173 @@
+"""How far a training came, against the best model that ignores its inputs: what tells a fault from a peculiarity.
+
+Inputs of size 255 are a fault where nothing is learnt, and a matter of taste where everything is. *Skill* is 1 for a
+perfect model, 0 for the best constant prediction, and negative for a worse one:
+
+  classes   (accuracy - share of the largest class) / (1 - that share), Cohen's kappa against a constant rater
+  numbers   1 - mean squared error / variance of the targets, the coefficient of determination; of absolute errors
+            1 - (mean absolute error / mean absolute deviation from the median) squared
+  otherwise 1 - loss / loss of the best constant, where that is known: the entropy of the labels
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from trainrt.findings import program
+from trainrt.findings.series import loss_trend, scalar
+from trainrt.run import Run
+
+NAN = float("nan")
+ACCURACIES = ("accuracy", "acc", "categorical_accuracy", "sparse_categorical_accuracy", "binary_accuracy")
+SQUARED = ("mse", "mean_squared_error")
+ABSOLUTE = ("mae", "mean_absolute_error")
+HALF = 0.5
+"""Share of the epochs asked for after which a run may be judged by how far it came."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Attributes:
+    train: Skill on the training data in the last epoch; NaN where it is not known.
+    validation: Skill on the validation data in the last epoch.
+    best: Best validation skill of any epoch.
+    constant: Loss of the best constant prediction of the training targets; NaN where it is not known.
+    data_loss: The loss at the end, without regularisers.
+    settled: Whether enough of the run is over to judge it by this.
+    kind: "classes", "numbers" or "".
+    """
+
+    train: float
+    validation: float
+    best: float
+    constant: float
+    data_loss: float
+    settled: bool
+    kind: str
+
+    @property
+    def skill(self) -> float:
+        """The better of both sides: where either learnt, the training works. NaN where nothing is known."""
+        known = [value for value in (self.train, self.validation) if math.isfinite(value)]
+        return max(known) if known else NAN
+
+    def poor(self, threshold: float) -> bool:
+        """Whether the run is known to have stayed under a skill. A loss that is not finite any more is."""
+        return self.settled and (self.skill < threshold or not math.isfinite(self.data_loss))
+
+
+def outcome(run: Run) -> Outcome:
+    """The outcome of a run so far."""
+    trend = loss_trend(run)
+    part = scalar(run, "data_loss")
+    data_loss = float(np.nanmean(part[-max(1, len(part) // 5) :])) if np.isfinite(part[-1:]).any() else trend.last
+    planned = program.number(program.asked(run, "epochs"))
+    done = len(run.epochs)
+    settled = run.end is not None or not planned > 0 or done >= HALF * planned
+    if not done:
+        return Outcome(NAN, NAN, NAN, constant_loss(run, "train"), data_loss, settled and run.end is not None, "")
+    last = run.epochs[-1].logs
+    extra = max(0.0, _regulariser(run))
+    train, kind = _skill(run, last, "", "train", extra)
+    validation, _ = _skill(run, last, "val_", "validation", extra)
+    each = [_skill(run, epoch.logs, "val_", "validation", extra)[0] for epoch in run.epochs]
+    best = max((value for value in each if math.isfinite(value)), default=NAN)
+    return Outcome(train, validation, best, constant_loss(run, "train"), data_loss, settled, kind)
+
+
+def _regulariser(run: Run) -> float:
+    values = scalar(run, "regularization_loss")
+    return float(np.nan_to_num(values[-1])) if len(values) else 0.0
+
+
+def _skill(run: Run, logs: Mapping[str, float], prefix: str, side: str, extra: float) -> tuple[float, str]:
+    targets = program.leaves(run, "targets", side) or program.leaves(run, "targets", "train")
+    if len(targets) != 1:
+        return NAN, ""
+    target = targets[0]
+    labels = target.get("labels") or {}
+    chance = _chance(target)
+    loss = program.loss_name(run)
+    accuracy = next((float(logs[prefix + name]) for name in ACCURACIES if prefix + name in logs), NAN)
+    if math.isfinite(accuracy) and chance < 1 and (labels.get("kind") in ("one_hot", "binary", "integer")):
+        if not ("squared" in loss or "absolute" in loss) or labels.get("kind") in ("one_hot", "binary"):
+            return (accuracy - chance) / (1 - chance), "classes"
+    value = logs.get(prefix + "loss", NAN)
+    value = value - extra if math.isfinite(value) else value
+    squared = value if loss in SQUARED else next((logs[prefix + name] for name in SQUARED if prefix + name in logs), NAN)
+    spread = _variance(target)
+    if math.isfinite(squared) and spread > 0:
+        return 1 - squared / spread, "numbers"
+    absolute = value if loss in ABSOLUTE else next((logs[prefix + n] for n in ABSOLUTE if prefix + n in logs), NAN)
+    deviation = _deviation(target)
+    if math.isfinite(absolute) and deviation > 0:
+        return 1 - (absolute / deviation) ** 2, "numbers"
+    constant = constant_loss(run, side)
+    if math.isfinite(constant) and constant > 0 and math.isfinite(value):
+        return 1 - value / constant, "classes" if "entropy" in loss else "numbers"
+    return NAN, ""
+
+
+def constant_loss(run: Run, side: str = "train") -> float:
+    """The loss of the best prediction that is the same for every sample; NaN where it is not known."""
+    targets = program.leaves(run, "targets", side) or program.leaves(run, "targets", "train")
+    if len(targets) != 1:
+        return NAN
+    target, loss = targets[0], program.loss_name(run)
+    labels = target.get("labels") or {}
+    if loss in ("categorical_crossentropy", "sparse_categorical_crossentropy"):
+        if labels.get("kind") in ("one_hot", "integer", "binary") and "counts" in labels:
+            return _entropy(labels["counts"])
+        return NAN
+    if loss in ("binary_crossentropy", "binary_focal_crossentropy"):
+        low, high = target.get("min"), target.get("max")
+        if low is None or high is None or low < 0 or high > 1:
+            return NAN
+        shares = np.clip(_channels(target, "mean"), 1e-12, 1 - 1e-12)
+        return float((-shares * np.log(shares) - (1 - shares) * np.log(1 - shares)).mean()) if len(shares) else NAN
+    if loss in SQUARED:
+        return _variance(target)
+    return _deviation(target) if loss in ABSOLUTE else NAN
+
+
+def _chance(target: Mapping[str, Any]) -> float:
+    """Accuracy of the best constant prediction; NaN where the targets are no classes."""
+    labels = target.get("labels") or {}
+    counts = labels.get("counts")
+    return max(counts.values()) / sum(counts.values()) if counts else NAN
+
+
+def _channels(target: Mapping[str, Any], name: str) -> np.ndarray:
+    """[channels] means or deviations; of very many their lowest, median and highest."""
+    value = target.get(name)
+    known = list(value.values()) if isinstance(value, Mapping) else value or []
+    return np.array([v for v in known if v is not None], np.float64)
+
+
+def _variance(target: Mapping[str, Any]) -> float:
+    spread = _channels(target, "std")
+    return float(np.square(spread).mean()) if len(spread) else NAN
+
+
+def _deviation(target: Mapping[str, Any]) -> float:
+    """Mean absolute deviation from the median, from the quantiles; of several channels that of normal ones."""
+    quantiles = (target.get("labels") or {}).get("quantiles")
+    if not quantiles:
+        spread = _channels(target, "std")
+        return float(spread.mean() * math.sqrt(2 / math.pi)) if len(spread) else NAN
+    points = sorted((float(share), float(value)) for share, value in quantiles.items())
+    middle = dict(points).get(0.5, NAN)
+    parts = ((q - p) * (abs(a - middle) + abs(b - middle)) / 2 for (p, a), (q, b) in itertools.pairwise(points))
+    return float(sum(parts))
+
+
+def _entropy(counts: Mapping[str, float]) -> float:
+    share = np.array(list(counts.values()), np.float64) / max(sum(counts.values()), 1)
+    share = share[share > 0]
+    return float(-(share * np.log(share)).sum())

@@ -1,0 +1,100 @@
+"""What the program asked for, as rules read it from a run's passport: layers, optimizer, loss, arguments of fit.
+
+Everything here answers with an empty value where the passport does not tell: a run made by hand has none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from trainrt.run import Run
+
+NORMALISERS = frozenset(
+    {"BatchNormalization", "LayerNormalization", "GroupNormalization", "Normalization", "Rescaling", "UnitNormalization"}
+    | {"RMSNormalization", "SpectralNormalization"}
+)
+LOOKUPS = frozenset({"Embedding", "IntegerLookup", "StringLookup", "CategoryEncoding", "Hashing", "Discretization"})
+"""Layers whose inputs are names of things, not amounts."""
+PASSIVE = frozenset(
+    {"InputLayer", "Flatten", "Reshape", "Permute", "Dropout", "SpatialDropout1D", "SpatialDropout2D", "Masking"}
+    | {"GaussianNoise", "GaussianDropout", "ZeroPadding1D", "ZeroPadding2D", "ZeroPadding3D", "RepeatVector", "Resizing"}
+    | {"RandomFlip", "RandomRotation", "RandomZoom", "RandomCrop", "CenterCrop", "RandomTranslation", "Identity"}
+    | {"Functional", "Sequential", "Model"}
+)
+"""Layers that leave the scale of what comes in as it is, and models, whose layers follow them."""
+DEFAULT_RATE = {"Adadelta": 1.0, "Adagrad": 0.01, "Ftrl": 0.1}
+"""Optimizers that need a far larger rate than Keras's default of 0.001, and the rate of their papers (Zeiler, 2012;
+Duchi et al., 2011; McMahan et al., 2013)."""
+
+
+def layers(run: Run) -> list[dict[str, Any]]:
+    """The layers in their order, each with `name`, `class` (without a module), `parameters`, `trainable`, `config`."""
+    model = (run.environment or {}).get("model")
+    known = model.get("layers") if isinstance(model, Mapping) else None
+    result = []
+    for layer in known or []:
+        if isinstance(layer, Mapping):
+            config = layer.get("config")
+            kind = str(layer.get("class", "")).rpartition(".")[2]
+            result.append({**layer, "class": kind, "config": config if isinstance(config, Mapping) else {}})
+    return result
+
+
+def first_layer(run: Run) -> str:
+    """Class of the first layer that does something to the scale of its inputs; "" where the layers are not known."""
+    return next((layer["class"] for layer in layers(run) if layer["class"] not in PASSIVE), "")
+
+
+def optimizer(run: Run) -> dict[str, Any]:
+    """The optimizer's configuration, its class under `"class"`; of a loss-scaling one that of the inner optimizer."""
+    known = (run.environment or {}).get("optimizer")
+    if not isinstance(known, Mapping):
+        return {}
+    config = known.get("config")
+    config = dict(config) if isinstance(config, Mapping) else {}
+    inner = config.get("inner_optimizer")
+    if isinstance(inner, Mapping):
+        config = {**config, **dict(inner.get("config") or {})}
+    return {**config, "class": str(known.get("class", ""))}
+
+
+def number(value: Any) -> float:
+    """The value as a float; NaN where it is no number."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else float("nan")
+
+
+def loss_name(run: Run) -> str:
+    """The compiled loss in snake case, e.g. `"categorical_crossentropy"`; "" where there are several or none.
+
+    >>> loss_name(Run.synthetic(environment={"compile": {"loss": "CategoricalCrossentropy"}}))
+    'categorical_crossentropy'
+    """
+    known = (run.environment or {}).get("compile")
+    loss = known.get("loss") if isinstance(known, Mapping) else None
+    if isinstance(loss, (list, tuple)) and len(loss) == 1:
+        loss = loss[0]
+    if not isinstance(loss, str):
+        return ""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", loss).lower()
+    return {"mse": "mean_squared_error", "mae": "mean_absolute_error", "bce": "binary_crossentropy"}.get(name, name)
+
+
+def asked(run: Run, argument: str, default: Any = None) -> Any:
+    """An argument of fit as the passport describes it."""
+    known = (run.environment or {}).get("fit")
+    value = known.get(argument) if isinstance(known, Mapping) else None
+    return default if value is None else value
+
+
+def side(run: Run, name: str = "train") -> dict[str, Any]:
+    """One side of the data passport, `"train"` or `"validation"`."""
+    found = run.data.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def leaves(run: Run, role: str, name: str = "train") -> list[dict[str, Any]]:
+    """The tensors of a role, `"inputs"`, `"targets"` or `"weights"`, on one side of the data passport."""
+    found = side(run, name).get(role)
+    return [leaf for leaf in found or [] if isinstance(leaf, dict)]
