@@ -175,8 +175,7 @@ def unscaled_targets(run: Run) -> Iterator[Finding]:
 
     >>> from trainrt.findings.examples import learning, stuck
     >>> big = {"mean": [1e6], "std": [2e5], "min": 1e5, "max": 2e6, "labels": {"kind": "continuous"}}
-    >>> found = list(unscaled_targets(stuck(targets=big, loss="mean_squared_error")))
-    >>> [finding.causes[0] for finding in found]
+    >>> [f.causes[0] for f in unscaled_targets(stuck(targets=big, loss="mean_squared_error"))]
     ['targets_unnormalised']
     >>> list(unscaled_targets(learning(targets=big, loss="mean_squared_error")))
     []

@@ -58,7 +58,9 @@ def unshuffled(run: Run) -> Iterator[Finding]:
         how = "shuffle=False" if train.get("shuffle") is False else "no shuffle mixes them"
         advice = ("Shuffle: trainrt.fit(..., shuffle=True).",)
         if train.get("source") != "arrays":
-            buffer = f"a buffer of {small[0]['buffer']} for {small[0]['cardinality']} elements" if small else "no shuffle"
+            buffer = (
+                f"a buffer of {small[0]['buffer']} for {small[0]['cardinality']} elements" if small else "no shuffle"
+            )
             how = f"the pipeline has {buffer}"
             advice = ("dataset.shuffle(number_of_samples).batch(size): before batch, the buffer as large as the data.",)
         yield about(

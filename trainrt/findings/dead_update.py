@@ -7,9 +7,19 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from trainrt.findings import program
 from trainrt.findings.finding import Finding, shorten
 from trainrt.findings.rules import rule
-from trainrt.findings.series import clip_scale, clipped_share, kernels, loss_trend, observed, percentile, scalar
+from trainrt.findings.series import (
+    clip_scale,
+    clipped_share,
+    kernel_ratio,
+    kernels,
+    loss_trend,
+    observed,
+    percentile,
+    scalar,
+)
 from trainrt.record import GRADIENT, UPDATE, WEIGHT, Moments, Parameter
 from trainrt.run import Run
 
@@ -22,6 +32,8 @@ TIGHT = 0.05
 """A clip that lets through less than this of the gradient, on nearly all steps."""
 LOPSIDED = 0.5
 """Mean over root mean square of a kernel; a start around zero has nearly none."""
+THROWN = 0.1
+"""A step of this share of a kernel's size may carry its units to where nothing brings them back."""
 CONVERGED = 1e-3
 """Of its first level: a loss that has fallen so far has nothing left to push with."""
 SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-8}
@@ -191,7 +203,7 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
     first = matrices[0] if matrices else None
     layer = view.parameters[p].layer
     mates = [q for q, each in enumerate(view.parameters) if each.layer == layer and q != p]
-    if p == first and any(pushed[q] > 0 for q in mates):
+    if p == first and any(pushed[q] > 0 for q in mates) and not inputs_vary(view.run):
         return _Reason(
             "zero inputs",
             ("inputs_constant", "inputs_too_small"),
@@ -213,7 +225,7 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
                 "the gradient is exactly zero from the first step, with kernels that are nearly all of one sign",
                 ("Use an initializer around zero: kernel_initializer='he_normal'.",),
             )
-        if first in still:
+        if first in still and not inputs_vary(view.run):
             return _Reason(
                 "no input",
                 ("inputs_constant", "inputs_too_small", "dying_relu"),
@@ -223,6 +235,20 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
                 "inputs seem to carry nothing",
                 ("Look at the inputs: x.min(), x.max(), x.std(axis=0). Are they all zero, or of one sign and huge?",),
             )
+    thrown = _thrown(view, t)
+    if thrown > THROWN:
+        return _Reason(
+            "thrown",
+            ("lr_too_high", "dying_relu", "saturated_activation"),
+            0.8,
+            "error",
+            f"the gradient is exactly zero since steps of up to {thrown:.2g} of the kernels' size: they threw the units "
+            "to where they give the same output whatever comes in",
+            (
+                f"Lower the learning rate: model.optimizer.learning_rate = {_rate(view, t) / 10:.1g}.",
+                "Scale the inputs and targets to about -1..1.",
+            ),
+        )
     return _Reason(
         "no push",
         ("dying_relu", "saturated_activation", "bad_init", "inputs_constant"),
@@ -235,6 +261,29 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
             "Scale the inputs to about -1..1.",
         ),
     )
+
+
+def _thrown(view: _View, t: int) -> float:
+    """The largest step of any kernel up to window `t`, over its size; 0 where there is none before."""
+    matrices = np.flatnonzero(kernels(view.run, view.weight))
+    ratio = kernel_ratio(view.update[: t + 1, matrices], view.weight[: t + 1, matrices])
+    known = ratio[np.isfinite(ratio)]
+    return float(known.max()) if len(known) else 0.0
+
+
+def _rate(view: _View, t: int) -> float:
+    return percentile(scalar(view.run, "learning_rate")[: t + 1], 50)
+
+
+def inputs_vary(run: Run) -> bool:
+    """Whether the data passport knows inputs that differ from row to row."""
+    for leaf in program.leaves(run, "inputs"):
+        spread = leaf.get("std")
+        known = list(spread.values()) if isinstance(spread, dict) else spread or []
+        constant = leaf.get("constant_features") or {}
+        if any(value is not None and value > 0 for value in known) and constant.get("count", 0) < constant.get("of", 1):
+            return True
+    return False
 
 
 def _rounded(view: _View, p: int, t: int) -> _Reason:

@@ -45,7 +45,11 @@ def _example(loss: np.ndarray, accuracy: float, given: dict[str, Any]) -> Run:
     early = {**logs, **given.pop("early", {})}
     environment = {
         "compile": {"loss": name},
-        "optimizer": {"class": "Adam", "config": {"learning_rate": 1e-3, "epsilon": 1e-7}, **given.pop("optimizer", {})},
+        "optimizer": {
+            "class": "Adam",
+            "config": {"learning_rate": 1e-3, "epsilon": 1e-7},
+            **given.pop("optimizer", {}),
+        },
         "fit": {"epochs": 4, **given.pop("fit", {})},
         "model": {"layers": given.pop("layers", [])},
     }

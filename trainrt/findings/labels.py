@@ -121,7 +121,11 @@ def labels_of_noise(run: Run) -> Iterator[Finding]:
             ("labels_wrong", "overfitting", "train_val_mismatch"),
             f"The training data is learnt (skill {ended.train:.2f}), but no epoch did better on the validation data than "
             f"a constant prediction would (skill {ended.best:.2f}): the labels seem independent of the inputs.",
-            {"skill_train": ended.train, "skill_validation_best": ended.best, "threshold": max(NOTHING, min(noise, 0.15))},
+            {
+                "skill_train": ended.train,
+                "skill_validation_best": ended.best,
+                "threshold": max(NOTHING, min(noise, 0.15)),
+            },
             (
                 "Look at some pairs: for i in range(5): print(x[i], y[i]).",
                 "Shuffle inputs and labels by one permutation: order = rng.permutation(len(x)); x, y = x[order], y[order].",
@@ -188,4 +192,3 @@ def imbalance(run: Run) -> Iterator[Finding]:
             "Watch a metric that sees the rare class: metrics=[keras.metrics.AUC(), keras.metrics.Recall()].",
         ),
     )
-

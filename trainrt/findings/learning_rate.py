@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from trainrt.findings.finding import Finding
+from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import rule
 from trainrt.findings.series import (
     Trend,
@@ -32,6 +33,8 @@ MIN_STEPS = 20
 HIGH_STEPS = 5
 LEARNT = 0.5
 """A loss that fell by more than this share of its first level is not held back."""
+LEARNT_SKILL = 0.6
+"""Skill from which on the steps are nobody's business; see `outcome`."""
 LATE = 0.25
 """Spread of the batches' losses over their level, beyond which a model is not at its start."""
 VANISHING = 1e-3
@@ -78,6 +81,9 @@ def learning_rate(run: Run) -> Iterator[Finding]:
     if np.isnan(ratio).all():
         return
     trend = loss_trend(run)
+    ended = outcome(run)
+    if ended.settled and ended.skill >= LEARNT_SKILL and np.isfinite(trend.last):
+        return  # whatever the steps were, they led there
     high = _too_high(run, ratio, seen, trend)
     if high is not None:
         yield high

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from trainrt.findings import program
 from trainrt.findings.finding import Finding, shorten
 from trainrt.findings.rules import rule
 from trainrt.findings.series import percentile, scalar
@@ -109,7 +110,22 @@ def _only_loss_scaling(run: Run, ever: dict[str, np.ndarray], any_window: np.nda
     return bool(any_window.mean() <= SCALING or (any_window[:half].mean() <= 0.5 and not any_window[half:].any()))
 
 
+def _data_is_finite(run: Run) -> bool:
+    """Whether the data passport has seen the data, and nothing in it that is not a number."""
+    seen = [leaf for role in ("inputs", "targets") for leaf in program.leaves(run, role)]
+    return bool(seen) and not any((leaf.get("nan_share") or 0) + (leaf.get("inf_share") or 0) for leaf in seen)
+
+
 def _cause(run: Run, t: int, subject: str, hit: np.ndarray) -> tuple[tuple[str, ...], float, str, tuple[str, ...]]:
+    causes, confidence, story, advice = _suspects(run, t, subject, hit)
+    if _data_is_finite(run) and "nan_in_data" in causes:
+        causes = tuple(cause for cause in causes if cause != "nan_in_data")
+        advice = tuple(line for line in advice if not line.startswith("Check the data"))
+        story, confidence = f"{story} (the data that was fed is finite)", max(confidence, 0.8)
+    return causes, confidence, story, advice
+
+
+def _suspects(run: Run, t: int, subject: str, hit: np.ndarray) -> tuple[tuple[str, ...], float, str, tuple[str, ...]]:
     data = ("Check the data: np.isfinite(x).all() and np.isfinite(y).all().",)
     loss = (
         "Give the loss logits instead of probabilities: from_logits=True, and no activation on the output.",

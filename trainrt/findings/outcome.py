@@ -100,7 +100,9 @@ def _skill(run: Run, logs: Mapping[str, float], prefix: str, side: str, extra: f
             return (accuracy - chance) / (1 - chance), "classes"
     value = logs.get(prefix + "loss", NAN)
     value = value - extra if math.isfinite(value) else value
-    squared = value if loss in SQUARED else next((logs[prefix + name] for name in SQUARED if prefix + name in logs), NAN)
+    squared = (
+        value if loss in SQUARED else next((logs[prefix + name] for name in SQUARED if prefix + name in logs), NAN)
+    )
     spread = _variance(target)
     if math.isfinite(squared) and spread > 0:
         return 1 - squared / spread, "numbers"

@@ -12,14 +12,29 @@ from typing import Any
 from trainrt.run import Run
 
 NORMALISERS = frozenset(
-    {"BatchNormalization", "LayerNormalization", "GroupNormalization", "Normalization", "Rescaling", "UnitNormalization"}
+    {
+        "BatchNormalization",
+        "LayerNormalization",
+        "GroupNormalization",
+        "Normalization",
+        "Rescaling",
+        "UnitNormalization",
+    }
     | {"RMSNormalization", "SpectralNormalization"}
 )
 LOOKUPS = frozenset({"Embedding", "IntegerLookup", "StringLookup", "CategoryEncoding", "Hashing", "Discretization"})
 """Layers whose inputs are names of things, not amounts."""
 PASSIVE = frozenset(
     {"InputLayer", "Flatten", "Reshape", "Permute", "Dropout", "SpatialDropout1D", "SpatialDropout2D", "Masking"}
-    | {"GaussianNoise", "GaussianDropout", "ZeroPadding1D", "ZeroPadding2D", "ZeroPadding3D", "RepeatVector", "Resizing"}
+    | {
+        "GaussianNoise",
+        "GaussianDropout",
+        "ZeroPadding1D",
+        "ZeroPadding2D",
+        "ZeroPadding3D",
+        "RepeatVector",
+        "Resizing",
+    }
     | {"RandomFlip", "RandomRotation", "RandomZoom", "RandomCrop", "CenterCrop", "RandomTranslation", "Identity"}
     | {"Functional", "Sequential", "Model"}
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 
@@ -13,16 +14,62 @@ from trainrt.run import Run
 
 Rule = Callable[[Run], Iterator[Finding]]
 
-KILLED_BY = {"lr_too_high": ("dying_relu", "saturated_activation", "exploding_gradient", "unstable_loss")}
-"""Root cause -> what it leaves behind, when that begins later."""
+_DEATHS = ("dying_relu", "saturated_activation", "exploding_gradient", "vanishing_gradient", "unstable_loss")
+_STEPS = ("lr_too_high", "lr_too_low", "too_few_updates")
+_WRONG = (*_DEATHS, *_STEPS, "bad_init", "labels_wrong", "capacity")
+
+EXPLAINS: dict[str, tuple[str, ...]] = {
+    "nan_in_data": (*_WRONG, "wrong_output_activation", "output_units", "label_range"),
+    "sample_weights_zero": (*_WRONG, "wrong_loss"),
+    "inputs_constant": (*_WRONG, "inputs_too_small", "inputs_unnormalised"),
+    "inputs_too_small": ("vanishing_gradient", "lr_too_low", "dying_relu", "inputs_constant"),
+    "inputs_unnormalised": (*_DEATHS, "bad_init", "inputs_constant"),
+    "targets_unnormalised": (*_DEATHS, "lr_too_low", "bad_init"),
+    "bad_init": (*_DEATHS, "inputs_constant", "lr_too_high"),
+    "lr_too_high": (*_DEATHS, "bad_init", "inputs_constant"),
+    "momentum_too_high": (*_DEATHS, "lr_too_high"),
+    "clip_too_tight": ("lr_too_low", "vanishing_gradient", "update_rounding", "too_few_updates"),
+    "epsilon_dominates": ("lr_too_low", "vanishing_gradient", "update_rounding", "too_few_updates"),
+    "wrong_optimizer": ("lr_too_low", "too_few_updates", "update_rounding"),
+    "lr_schedule": ("lr_too_low", "too_few_updates", "update_rounding"),
+    "weight_decay_too_high": ("over_regularised", "vanishing_gradient", "dying_relu", "lr_too_high", "lr_too_low"),
+    "over_regularised": ("weight_decay_too_high", "vanishing_gradient", "dying_relu", "lr_too_low"),
+    "dropout_too_high": ("lr_too_high", "lr_too_low", "capacity", "too_few_updates"),
+    "constraint_binds": (*_STEPS, "vanishing_gradient", "capacity", "update_rounding"),
+    "unshuffled_data": ("lr_too_high", "unstable_loss", "train_val_mismatch", "overfitting"),
+    "train_val_mismatch": ("overfitting", "labels_wrong", "batchnorm_statistics"),
+    "vanishing_gradient": ("update_rounding", "lr_too_low", "dying_relu", "too_few_updates"),
+    "hidden_activation": _DEATHS,
+    "saturated_activation": ("vanishing_gradient", "inputs_constant", "dying_relu"),
+    "graph_cut": ("frozen_layers", "capacity", "dying_relu"),
+    "frozen_layers": ("graph_cut", "capacity"),
+    "flipped_sign": _WRONG,
+    "labels_wrong": ("overfitting",),
+    **{
+        cause: (*_WRONG, "inputs_constant", "flipped_sign", "sample_weights_zero", "wrong_loss", "output_units")
+        for cause in ("wrong_output_activation", "missing_softmax", "double_softmax", "wrong_softmax_axis", "wrong_loss")
+        + ("label_range", "output_units")
+    },
+}
+"""Root cause -> what it brings about, and what therefore needs no explanation of its own. A cause that explains another
+does so only when its finding ranks higher."""
+
+DYNAMICS = ("dead_update", "learning_rate", "stagnation", "vanishing", "exploding", "crawling", "unfinished", "nonfinite")
+"""Rules about what the steps did: from the first number on that is not finite, they say nothing new."""
 
 
 def rule(function: Rule) -> Rule:
     """Marks a generator of findings as a rule. Its name finishes the sentence "this run has a ...", its docstring is
     its help page: a first line, then Means, Matters, Try and Source, and doctests of a run that fires it and one that
     does not. A rule in a module of this package is found by itself; one elsewhere is handed to `diagnose`."""
-    function.is_rule = True  # type: ignore[attr-defined]
-    return function
+
+    @functools.wraps(function)
+    def judged(run: Run) -> Iterator[Finding]:
+        if len(run.steps):
+            yield from function(run)
+
+    judged.is_rule = True  # type: ignore[attr-defined]
+    return judged
 
 
 def collect(module) -> list[Rule]:
@@ -68,10 +115,16 @@ def fold(findings: Iterable[Finding]) -> list[Finding]:
     What begins at or after the first non-finite number follows from it, whatever else it looks like.
     """
     findings = list(findings)
+    origin = min((f for f in findings if f.rule == "nonfinite" and f.severity == "error"), key=_start, default=None)
+    if origin is not None:
+        later = [f for f in findings if f is not origin and f.rule in DYNAMICS and f.steps[0] >= origin.steps[0]]
+        findings = [f for f in findings if f is not origin and f not in later]
+        for finding in sorted(later, key=_rank):
+            origin = _absorb(origin, finding)
+        findings.append(origin)
     heads: list[Finding] = []
-    origin = min((f.steps[0] for f in findings if f.rule == "nonfinite" and f.severity == "error"), default=None)
-    for finding in sorted(findings, key=lambda f: (f.rule != "nonfinite" or f.steps[0] != origin, _rank(f))):
-        head = next((i for i, other in enumerate(heads) if _explains(other, finding, origin)), None)
+    for finding in sorted(findings, key=_rank):
+        head = next((i for i, other in enumerate(heads) if _explains(other, finding)), None)
         if head is None:
             heads.append(finding)
         else:
@@ -79,13 +132,17 @@ def fold(findings: Iterable[Finding]) -> list[Finding]:
     return heads
 
 
-def _explains(head: Finding, finding: Finding, origin: int | None) -> bool:
+def _start(finding: Finding) -> int:
+    return finding.steps[0]
+
+
+def _explains(head: Finding, finding: Finding) -> bool:
     if not (head.causes and finding.causes):
         return False
-    if head.rule == "nonfinite" and head.steps[0] == origin and finding.steps[0] >= origin:
+    # A symptom with no cause of its own is what any cause that is known brings about.
+    if finding.rule == "stagnation" and head.severity != "info":
         return True
-    killed = finding.causes[0] in KILLED_BY.get(head.causes[0], ()) and finding.steps[0] > head.steps[0]
-    return killed or head.causes[0] == finding.causes[0]
+    return head.causes[0] == finding.causes[0] or finding.causes[0] in EXPLAINS.get(head.causes[0], ())
 
 
 def _absorb(head: Finding, finding: Finding) -> Finding:

@@ -1,0 +1,232 @@
+"""How the loss behaves: the wrong way up, ruled by the smallest targets, or flat for no reason that another rule knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from trainrt.findings import program
+from trainrt.findings.finding import Finding
+from trainrt.findings.outcome import outcome
+from trainrt.findings.rules import about, rule
+from trainrt.findings.series import loss_trend, percentile, scalar
+from trainrt.record import WEIGHT
+from trainrt.run import Run
+
+POOR = 0.6
+NOTHING = 0.15
+RELATIVE = ("mean_absolute_percentage_error", "mape")
+
+
+@rule
+def upside_down(run: Run) -> Iterator[Finding]:
+    """A loss that falls while the model gets worse: its sign is the wrong way round.
+
+    Means:   the loss went below zero, or fell, the labels are in their range, and the accuracy ends at or under what
+             always naming one class has.
+    Matters: the training does what it was told, and maximises the error.
+    Try:     look at the sign of the loss; a cross-entropy is -sum(y * log(p)).
+    Source:  a cross-entropy of probabilities, and any loss of differences, is never negative.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> [f.causes[0] for f in upside_down(stuck(losses=np.linspace(-2, -13, 200), loss="my_loss"))]
+    ['flipped_sign']
+    >>> list(upside_down(learning()))
+    []
+    """
+    ended, trend = outcome(run), loss_trend(run)
+    if not (ended.poor(NOTHING) and trend.last < 0 and trend.last < trend.start - 0.1 * abs(trend.start)):
+        return
+    loss = program.loss_name(run)
+    for target in program.leaves(run, "targets"):
+        low, high = program.number(target.get("min")), program.number(target.get("max"))
+        if "crossentropy" in loss or not (0 <= low <= high <= 1) or ended.kind != "classes":
+            return  # labels out of range make a cross-entropy negative too
+    yield about(
+        run,
+        "upside_down",
+        "error",
+        0.9,
+        ("flipped_sign", "wrong_loss"),
+        f"The loss fell from {trend.start:.4g} to {trend.last:.4g}, below zero, while the accuracy is no better than that "
+        f"of naming one class (skill {ended.skill:.2f}): the loss seems to have the wrong sign.",
+        {"loss": {"first": trend.start, "last": trend.last}, "skill": ended.skill, "loss_name": loss},
+        ("Negate it: return -keras.ops.sum(y * keras.ops.log(p + 1e-7), axis=-1).", "Or use a loss of Keras."),
+    )
+
+
+@rule
+def relative_error(run: Run) -> Iterator[Finding]:
+    """A percentage error on targets that cross zero.
+
+    Means:   the loss is the mean absolute percentage error, and the targets have both signs or come near zero.
+    Matters: it divides by the target: the samples nearest to zero rule the loss, and predicting zero looks good.
+    Try:     mean squared or absolute error on standardised targets.
+    Source:  Hyndman & Koehler, Another look at measures of forecast accuracy, 2006.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> both = {"min": -2.0, "max": 2.0, "mean": [0.0], "std": [1.0], "labels": {"kind": "continuous"}}
+    >>> name = "mean_absolute_percentage_error"
+    >>> [f.causes[0] for f in relative_error(stuck(targets=both, loss=name))]
+    ['wrong_loss']
+    >>> list(relative_error(stuck(targets=both | {"min": 5.0}, loss=name)))
+    []
+    """
+    if program.loss_name(run) not in RELATIVE:
+        return
+    for target in program.leaves(run, "targets"):
+        low, high = program.number(target.get("min")), program.number(target.get("max"))
+        quantiles = (target.get("labels") or {}).get("quantiles") or {}
+        near = 0 < abs(program.number(quantiles.get("0.01"))) < 0.01 * abs(program.number(quantiles.get("0.5")))
+        if not (low < 0 < high or near or low == 0):
+            continue
+        yield about(
+            run,
+            "relative_error",
+            "error",
+            0.93,
+            ("wrong_loss",),
+            f"The loss is a percentage of targets that reach from {low:.4g} to {high:.4g}: those near zero rule it.",
+            {"min": low, "max": high},
+            ("model.compile(..., loss='mean_squared_error'), or 'mean_absolute_error', on standardised targets.",),
+        )
+        return
+
+
+@rule
+def binding_constraint(run: Run) -> Iterator[Finding]:
+    """A constraint that undoes the updates.
+
+    Means:   a layer's weights have a constraint, they sit on its bound at the end, and the model learnt little.
+    Matters: each step is projected back: the gradients push, the weights stay.
+    Try:     a looser bound, such as MaxNorm(3), or none.
+    Source:  Srivastava et al., Dropout, 2014, use a max-norm of 3 to 4.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> bound = {"class": "MaxNorm", "max_value": 0.001}
+    >>> layers = [{"name": "first", "class": "Dense", "config": {"kernel_constraint": bound}}]
+    >>> run = stuck(layers=layers, weight_rms=0.001 / 4)
+    >>> [finding.causes[0] for finding in binding_constraint(run)]
+    ['constraint_binds']
+    >>> list(binding_constraint(learning(layers=layers)))
+    []
+    """
+    if not len(run.steps) or not outcome(run).poor(POOR):
+        return
+    weight, held = run.moments(WEIGHT), {}
+    by_layer = {layer["name"]: layer["config"] for layer in program.layers(run)}
+    for p, parameter in enumerate(run.roster.parameters):
+        config = by_layer.get(parameter.layer) or {}
+        constraint = config.get(f"{parameter.path.rpartition('/')[2]}_constraint")
+        if not constraint:
+            continue
+        given = constraint if isinstance(constraint, dict) else {"class": constraint}
+        bound = program.number(given.get("max_value")) if "max_value" in given else 1.0
+        # Of units whose norm is the bound, the root mean square over all is bound / sqrt(fan-in).
+        norm = float(weight.rms[-1, p]) * math.sqrt(max(math.prod(parameter.shape[:-1]), 1))
+        if given.get("class") in ("MaxNorm", "UnitNorm", "MinMaxNorm") and not norm > 0.8 * bound:
+            continue
+        held[parameter.path] = (str(given.get("class")), bound, norm)
+    if not held:
+        return
+    kind, bound, norm = next(iter(held.values()))
+    yield about(
+        run,
+        "binding_constraint",
+        "error",
+        0.93 if bound < 0.5 else 0.6,
+        ("constraint_binds", "capacity"),
+        f"{kind}({bound:g}) holds the weights: their units' norm is {norm:.3g}, on the bound, and nothing was learnt.",
+        {"held": {path: list(each) for path, each in held.items()}},
+        ("Loosen it: kernel_constraint=keras.constraints.MaxNorm(3), or leave it out.",),
+        where=tuple(held),
+    )
+
+
+@rule
+def bottleneck(run: Run) -> Iterator[Finding]:
+    """A layer too narrow for what must pass it.
+
+    Means:   a hidden layer has one unit, or fewer than a fifth of the classes, and the model learnt little.
+    Matters: one number cannot tell ten classes apart; what is lost there no later layer brings back.
+    Try:     at least as many units as classes.
+    Source:  own judgement; TheDeepChecker's mutation "one neuron".
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> narrow = [("a", "Dense", 64), ("b", "Dense", 1), ("c", "Dense", 10)]
+    >>> layers = [{"name": n, "class": c, "parameters": 9, "config": {"units": u}} for n, c, u in narrow]
+    >>> [finding.causes[0] for finding in bottleneck(stuck(layers=layers))]
+    ['capacity']
+    >>> list(bottleneck(learning(layers=layers)))
+    []
+    """
+    if not outcome(run).poor(POOR):
+        return
+    widths = [
+        (layer["name"], program.number(layer["config"].get("units", layer["config"].get("filters"))))
+        for layer in program.layers(run)
+        if layer.get("parameters")
+    ]
+    widths = [(name, width) for name, width in widths if width > 0]
+    if len(widths) < 2:
+        return
+    classes = widths[-1][1]
+    narrow = [name for name, width in widths[:-1] if width == 1 or width < classes / 5]
+    if not narrow:
+        return
+    yield about(
+        run,
+        "bottleneck",
+        "error",
+        0.85,
+        ("capacity",),
+        f"{', '.join(narrow)} {'has' if len(narrow) == 1 else 'have'} {min(w for n, w in widths if n in narrow):g} "
+        f"unit(s) in front of {classes:g} outputs: what is lost there no later layer brings back.",
+        {"widths": dict(widths)},
+        (f"Give it at least {int(max(classes, 8))} units.",),
+        where=tuple(narrow),
+    )
+
+
+@rule
+def stagnation(run: Run) -> Iterator[Finding]:
+    """A model that does no better than a constant prediction, for a reason that is not seen.
+
+    Means:   half of the run is over and the skill is under 0.15 (accuracy or variance explained, beyond those of the
+             best constant prediction). Where another rule knows why, this is its consequence.
+    Matters: the training does not work.
+    Try:     overfit one batch first: trainrt.fit(model, x[:32], y[:32], epochs=200) must reach a loss near zero.
+    Source:  TheDeepChecker's one-batch test; the skill is defined in trainrt.findings.outcome.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> [finding.rule for finding in stagnation(stuck())]
+    ['stagnation']
+    >>> list(stagnation(learning()))
+    []
+    """
+    ended, trend = outcome(run), loss_trend(run)
+    if not ended.poor(NOTHING) or not len(run.steps):
+        return
+    moves = abs(trend.fall) > 0.3
+    rate = percentile(scalar(run, "learning_rate"), 50)
+    causes = ("lr_too_high", "labels_wrong", "wrong_loss") if moves else ("labels_wrong", "lr_too_high", "capacity")
+    if not math.isfinite(ended.data_loss):
+        causes = ("unstable_loss", "lr_too_high")
+    what = f"skill {ended.skill:.2f}" if math.isfinite(ended.skill) else "a loss that is not finite"
+    yield about(
+        run,
+        "stagnation",
+        "warning",
+        0.3,
+        causes,
+        f"The model does no better than a constant prediction ({what}); the loss went from {trend.first:.4g} to "
+        f"{trend.last:.4g}" + (f", and a constant's is {ended.constant:.4g}." if np.isfinite(ended.constant) else "."),
+        {"skill_train": ended.train, "skill_validation": ended.validation, "constant_loss": ended.constant},
+        (
+            "Overfit one batch: trainrt.fit(model, x[:32], y[:32], epochs=200) must reach a loss near zero. If it does not, "
+            "the model or the loss is wrong; if it does, look at the data.",
+            f"Try a tenth and ten times of the learning rate ({rate:.3g}).",
+        ),
+    )

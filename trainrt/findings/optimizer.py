@@ -1,0 +1,242 @@
+"""An optimizer whose settings stand in its own way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from trainrt.findings import program
+from trainrt.findings.finding import Finding
+from trainrt.findings.outcome import outcome
+from trainrt.findings.rules import about, rule
+from trainrt.findings.series import kernel_ratio, kernels, loss_trend, middle, percentile, scalar
+from trainrt.record import GRADIENT, UPDATE, WEIGHT
+from trainrt.run import Run
+
+POOR = 0.6
+"""Skill under which a setting is a fault; see `outcome`."""
+SQUARES = ("velocity", "accumulated_gradient", "accumulator")
+"""Slots that hold a mean of squared gradients, by the names of Keras's optimizers."""
+MOMENTUM = 0.98
+DECAY = 0.02
+"""Share of a weight that decay removes a step: it forgets what it learnt 50 steps ago."""
+SHRUNK = 0.5
+
+
+@rule
+def drowning_epsilon(run: Run) -> Iterator[Finding]:
+    """An epsilon that outweighs the gradients it should only guard: the optimizer is adaptive no more.
+
+    Means:   for most kernels the root of the mean squared gradient that the optimizer divides by is smaller than its
+             epsilon, over the first half of the run, and the model learnt little.
+    Matters: the step is then learning_rate * gradient / epsilon: as tiny as the gradients are, whatever the loss.
+    Try:     bring the loss to its proper scale (a mean, no factor of 1e-8), or lower epsilon.
+    Source:  Kingma & Ba, Adam, 2015: epsilon is there against division by zero; the update is invariant to the scale of
+             the gradients only as long as it is small beside them.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> [f.causes[0] for f in drowning_epsilon(stuck(slots=["velocity"], velocity_rms=1e-18))]
+    ['epsilon_dominates']
+    >>> list(drowning_epsilon(stuck(slots=["velocity"], velocity_rms=1e-6)))
+    []
+    """
+    config = program.optimizer(run)
+    epsilon = program.number(config.get("epsilon"))
+    slot = next((s for s in SQUARES if s in run.roster.slots), None)
+    if slot is None or not epsilon > 0 or len(run.steps) < 10 or not outcome(run).poor(POOR):
+        return
+    matrices = np.flatnonzero(kernels(run, run.moments(WEIGHT)))
+    if not len(matrices):
+        return
+    squares = run.moments(slot)[: max(len(run.steps) // 2, 1)]
+    # Where a gradient is exactly zero, that is the finding.
+    alive = np.nan_to_num(run.moments(GRADIENT).zero_share[: len(squares.array), matrices], nan=1.0) < 0.9
+    # The slot starts at zero: Adam divides by its age, which matters in the first tenth of a thousand steps.
+    age = 1 - np.minimum(program.number(config.get("beta_2")), 0.9999999) ** (run.steps[: len(squares.array), 1] + 1.0)
+    age = np.where(np.isfinite(age), age, 1.0)
+    root = np.sqrt(squares.rms[:, matrices] / age[:, None])
+    ratio = np.where(alive, root / epsilon, np.nan)
+    level = percentile(middle(ratio), 50)
+    if not level < 1:
+        return
+    yield about(
+        run,
+        "drowning_epsilon",
+        "error",
+        0.93,
+        ("epsilon_dominates", "lr_too_low"),
+        f"The optimizer's epsilon of {epsilon:.2g} outweighs the gradients it divides by, which are {level:.2g} of it: "
+        "the steps shrink with the gradients.",
+        {"root_mean_square_over_epsilon": level, "epsilon": epsilon, "threshold": 1.0},
+        (
+            "Look at the scale of the loss: is it divided by too much? Its gradients are of size "
+            f"{level * epsilon:.1g}.",
+            f"Lower epsilon: keras.optimizers.{config.get('class') or 'Adam'}(epsilon={min(level * epsilon / 1e3, 1e-8):.1g}).",
+        ),
+        where=tuple(run.roster.parameters[p].path for p in matrices),
+    )
+
+
+@rule
+def heavy_momentum(run: Run) -> Iterator[Finding]:
+    """A momentum so high that the optimizer cannot stop.
+
+    Means:   SGD's momentum (or Adam's beta_1) is 0.98 or more, and the model learnt little.
+    Matters: a gradient is felt for 1 / (1 - momentum) steps: at 0.999 the effective learning rate is a thousand times
+             the one that was set, and the model overshoots for a thousand steps.
+    Try:     0.9; or multiply the learning rate by (1 - momentum).
+    Source:  Goodfellow et al., Deep Learning, 2016, section 8.3.2: 0.5, 0.9 and 0.99 are in use, and the terminal step
+             is the learning rate over (1 - momentum).
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> heavy = {"class": "SGD", "config": {"learning_rate": 0.3, "momentum": 0.999}}
+    >>> [finding.causes[0] for finding in heavy_momentum(stuck(optimizer=heavy))]
+    ['momentum_too_high']
+    >>> list(heavy_momentum(learning(optimizer=heavy)))
+    []
+    """
+    config = program.optimizer(run)
+    name = "momentum" if config.get("class") == "SGD" else "beta_1"
+    momentum = program.number(config.get(name))
+    if not MOMENTUM <= momentum < 1 or not outcome(run).poor(POOR):
+        return
+    rate = percentile(scalar(run, "learning_rate"), 50)
+    times = 1 / (1 - momentum)
+    effective = f", so the effective learning rate is {rate * times:.3g}" if name == "momentum" else ""
+    yield about(
+        run,
+        "heavy_momentum",
+        "error",
+        0.93 if momentum >= 0.99 else 0.75,
+        ("momentum_too_high", "lr_too_high"),
+        f"{name} = {momentum:.6g}: each gradient is felt for {times:.4g} steps{effective}, and nothing was learnt.",
+        {name: momentum, "threshold": MOMENTUM, "learning_rate": rate},
+        (f"Lower it: {name}=0.9.", f"Or lower the learning rate to {rate * (1 - momentum) * 10:.2g}."),
+    )
+
+
+@rule
+def consuming_decay(run: Run) -> Iterator[Finding]:
+    """A weight decay that takes away more than the gradients bring.
+
+    Means:   learning_rate * weight_decay is over 0.02, so that decay alone removes as much of each weight every step,
+             the kernels shrank to half their start or less, and the model learnt little.
+    Matters: the weights go to zero, the outputs to a constant.
+    Try:     1e-4 to 1e-2; Keras multiplies it with the learning rate, other libraries do not.
+    Source:  Loshchilov & Hutter, Decoupled weight decay regularization, 2019: 1 / (rate * decay) is the memory in steps.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> heavy = {"class": "SGD", "config": {"learning_rate": 0.1, "weight_decay": 2.0}}
+    >>> shrinking = np.geomspace(1, 1e-4, 200)
+    >>> run = stuck(optimizer=heavy, learning_rate=0.1, weight_norm=shrinking)
+    >>> [finding.causes[0] for finding in consuming_decay(run)]
+    ['weight_decay_too_high']
+    >>> list(consuming_decay(learning(optimizer=heavy, learning_rate=0.1)))
+    []
+    """
+    config = program.optimizer(run)
+    decay = program.number(config.get("weight_decay"))
+    if not decay > 0 or not outcome(run).poor(POOR):
+        return
+    rate = percentile(scalar(run, "learning_rate"), 50)
+    weight = run.moments(WEIGHT)
+    matrices = np.flatnonzero(kernels(run, weight))
+    share = rate * decay
+    if not share >= DECAY or not len(matrices):
+        return
+    shrunk = percentile(weight.rms[-1, matrices] / weight.rms[0, matrices], 50)
+    if not shrunk < SHRUNK:
+        return
+    yield about(
+        run,
+        "consuming_decay",
+        "error",
+        0.94,
+        ("weight_decay_too_high", "over_regularised"),
+        f"Weight decay removes {share:.2g} of each weight a step (learning rate {rate:.3g} times {decay:.3g}): the kernels "
+        f"shrank to {shrunk:.2g} of their start.",
+        {"share_a_step": share, "kernel_over_start": shrunk, "thresholds": {"share_a_step": DECAY, "shrunk": SHRUNK}},
+        (f"Lower it: weight_decay={min(1e-3 / rate, 0.01):.1g}. Keras multiplies it with the learning rate.",),
+        where=tuple(run.roster.parameters[p].path for p in matrices),
+    )
+
+
+@rule
+def slow_optimizer(run: Run) -> Iterator[Finding]:
+    """An optimizer at a learning rate that is made for another one.
+
+    Means:   Adadelta, Adagrad or Ftrl runs at a tenth of its paper's learning rate or less, as Keras's default of 0.001
+             is, and the model learnt little.
+    Matters: these divide by an ever-growing sum, or scale the steps by themselves: 0.001 is far too small for them.
+    Try:     Adam(1e-3); or Adadelta(1.0), Adagrad(0.01).
+    Source:  Zeiler, 2012 (1.0); Duchi et al., 2011; the notes in Keras's documentation of Adadelta.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> slow = {"class": "Adadelta", "config": {"learning_rate": 0.001}}
+    >>> [finding.causes[0] for finding in slow_optimizer(stuck(optimizer=slow))]
+    ['wrong_optimizer']
+    >>> list(slow_optimizer(learning(optimizer=slow)))
+    []
+    """
+    kind = program.optimizer(run).get("class", "")
+    usual = program.DEFAULT_RATE.get(kind)
+    rate = percentile(scalar(run, "learning_rate"), 50)
+    if usual is None or not rate <= usual / 10 or not outcome(run).poor(POOR):
+        return
+    update, weight = run.moments(UPDATE), run.moments(WEIGHT)
+    matrices = np.flatnonzero(kernels(run, weight))
+    ratio = (
+        percentile(middle(kernel_ratio(update[:, matrices], weight[:, matrices])), 50) if len(matrices) else math.nan
+    )
+    if ratio > 1e-2:
+        return
+    trend = loss_trend(run)
+    yield about(
+        run,
+        "slow_optimizer",
+        "error",
+        0.9,
+        ("wrong_optimizer", "lr_too_low"),
+        f"{kind} runs at a learning rate of {rate:.3g}, made for {usual:g}: kernels move by {ratio:.1g} of their size a "
+        f"step, and the loss went from {trend.first:.4g} to {trend.last:.4g}.",
+        {"learning_rate": rate, "usual": usual, "update_ratio": ratio},
+        (f"keras.optimizers.{kind}(learning_rate={usual:g}), or keras.optimizers.Adam(1e-3).",),
+    )
+
+
+@rule
+def collapsing_loss_scale(run: Run) -> Iterator[Finding]:
+    """A loss scale that falls and falls: step after step is skipped.
+
+    Means:   the dynamic loss scale ends at a thousandth of its start or less, or under 1.
+    Matters: each halving is a step that was skipped because a gradient was not finite; under 1 the scale makes small
+             gradients vanish, and at 0 the next step makes every weight NaN.
+    Try:     bfloat16 needs no loss scale; look for what overflows: a loss in float16, a mask of -1e9.
+    Source:  Micikevicius et al., Mixed precision training, 2018; Keras's LossScaleOptimizer has no floor.
+
+    >>> from trainrt.findings.examples import learning
+    >>> falling = 2.0 ** np.linspace(15, 0, 200)
+    >>> [finding.causes[0] for finding in collapsing_loss_scale(learning(scalars={"loss_scale": falling}))]
+    ['unstable_loss']
+    >>> list(collapsing_loss_scale(learning(scalars={"loss_scale": 2.0**15})))
+    []
+    """
+    scale = scalar(run, "loss_scale")
+    scale = scale[np.isfinite(scale)]
+    if len(scale) < 20 or not (scale[-1] < 1 or scale[-1] <= scale[0] / 1000):
+        return
+    yield about(
+        run,
+        "collapsing_loss_scale",
+        "error" if scale[-1] < 1 else "warning",
+        0.8,
+        ("unstable_loss", "exploding_gradient"),
+        f"The loss scale fell from {scale[0]:.4g} to {scale[-1]:.4g}: steps are skipped because gradients overflow.",
+        {"first": float(scale[0]), "last": float(scale[-1])},
+        (
+            "Use bfloat16: keras.mixed_precision.set_global_policy('mixed_bfloat16').",
+            "Compute the loss in float32: keras.layers.Activation('softmax', dtype='float32') at the end.",
+        ),
+    )
