@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "trainrt"
 
 FLOORS = (
     {"record", "digits"},
-    {"statistics", "events", "synthetic", "digest"},
+    {"statistics", "events", "synthetic", "digest", "relation"},
     {"run", "doors", "native", "clip", "taps", "resident", "matched", "survey"},
     {"findings", "moments", "audit"},
     {"fused", "comparison"},

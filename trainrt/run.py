@@ -12,15 +12,16 @@ array([1.e-03, 1.e-03, 1.e-06, 1.e-09])
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from trainrt.record import JOINT, MOMENTS, SCALAR, Document, Epoch, Moments, Par
 if TYPE_CHECKING:
     import pandas
 
+T = TypeVar("T")
 _SILENCE_S = 300.0
 _PATTERN = f"events.out.tfevents.*{events.SUFFIX}"
 
@@ -79,6 +81,7 @@ class Run:
         self._groups: list[np.ndarray] | None = None
         self._joined = False
         self._small: dict[str, np.ndarray] = {}
+        self._kept: dict[str, Any] | None = None
 
     @classmethod
     def from_records(cls, roster: Roster, records: Iterable[Record], **keywords) -> Run:
@@ -228,7 +231,27 @@ class Run:
         """
         if subject not in self.roster.subjects:
             raise KeyError(f"No subject {subject!r}. This run has {', '.join(self.roster.subjects)}.")
-        return Moments(self._of_weights(len(MOMENTS), lambda chunk: chunk.moments[subject], _join_moments))
+        return self.memo(
+            f"moments of {subject}",
+            lambda: Moments(self._of_weights(len(MOMENTS), lambda chunk: chunk.moments[subject], _join_moments)),
+        )
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Inside, what is read or computed once is kept for the next who asks: for readers that take turns."""
+        before, self._kept = self._kept, {}
+        try:
+            yield
+        finally:
+            self._kept = before
+
+    def memo(self, key: str, make: Callable[[], T]) -> T:
+        """What `make` returns; inside `keeping`, what it returned the first time. Nobody may change it."""
+        if self._kept is None:
+            return make()
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def joint(self, name: str) -> np.ndarray:
         """[T, P]: a sum of `record.JOINT` over the steps of each window.

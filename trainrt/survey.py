@@ -14,6 +14,7 @@ import google_crc32c
 import numpy as np
 
 from trainrt.digest import GOLDEN, mix
+from trainrt.relation import Relation
 
 SAMPLE_BATCH = 1 << 14
 """About how many elements of a leaf are sampled from one batch."""
@@ -71,6 +72,7 @@ class Survey:
         self._columns = [_Column(leaf) for leaf in self.leaves]
         self._labels = {i: _Labels() for i, leaf in enumerate(self.leaves) if leaf.role == "target"}
         self._inputs = [i for i, leaf in enumerate(self.leaves) if leaf.role == "input"]
+        self._relation = Relation() if len(self._inputs) == 1 and len(self._labels) == 1 else None
 
     def see(self, *arrays: np.ndarray) -> None:
         """One batch: an array [rows, ...] for each leaf. They may be overwritten once this has returned."""
@@ -83,6 +85,8 @@ class Survey:
             column.see(array, self.full)
         inputs = [arrays[i] for i in self._inputs]
         keys = self.known.see(inputs, keep=self.full)
+        if self.full and self._relation is not None:
+            self._relation.see(inputs[0], arrays[next(iter(self._labels))])
         if len(self.sizes) < BATCHES:
             self.sizes.append(rows)
             target = next((arrays[i] for i in self._labels), None)
@@ -107,6 +111,8 @@ class Survey:
             for column, array in zip(self._columns, part, strict=True):
                 column.see(array, True)
             self.known.see([part[i] for i in self._inputs])
+            if self._relation is not None:
+                self._relation.see(part[self._inputs[0]], part[next(iter(self._labels))])
         for i, labels in self._labels.items():
             labels.see(arrays[i][order[: sum(self.sizes)]])
 
@@ -125,6 +131,8 @@ class Survey:
             if described is not None:
                 described["labels"] = labels.summary(sizes)
         result["duplicates"] = self.known.summary()
+        if self._relation is not None:
+            result["relation"] = self._relation.summary()
         return result
 
 

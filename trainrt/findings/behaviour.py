@@ -1,4 +1,5 @@
-"""How the loss behaves: the wrong way up, ruled by the smallest targets, or flat for no reason that another rule knows."""
+"""How the loss behaves: the wrong way up, ruled by the smallest targets, or flat for no reason that "
+"another rule knows."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def upside_down(run: Run) -> Iterator[Finding]:
         "error",
         0.9,
         ("flipped_sign", "wrong_loss"),
-        f"The loss fell from {trend.start:.4g} to {trend.last:.4g}, below zero, while the accuracy is no better than that "
+        f"The loss fell from {trend.start:.4g} to {trend.last:.4g}, below zero, while the accuracy is no "
+        "better than that "
         f"of naming one class (skill {ended.skill:.2f}): the loss seems to have the wrong sign.",
         {"loss": {"first": trend.start, "last": trend.last}, "skill": ended.skill, "loss_name": loss},
         ("Negate it: return -keras.ops.sum(y * keras.ops.log(p + 1e-7), axis=-1).", "Or use a loss of Keras."),
@@ -207,11 +209,13 @@ def stagnation(run: Run) -> Iterator[Finding]:
     []
     """
     ended, trend = outcome(run), loss_trend(run)
-    if not ended.poor(NOTHING) or not len(run.steps):
+    if not ended.poor(NOTHING) or _falls_late(run):
         return
     moves = abs(trend.fall) > 0.3
     rate = percentile(scalar(run, "learning_rate"), 50)
-    causes = ("lr_too_high", "labels_wrong", "wrong_loss") if moves else ("labels_wrong", "lr_too_high", "capacity")
+    causes: tuple[str, ...] = (
+        ("lr_too_high", "labels_wrong", "wrong_loss") if moves else ("labels_wrong", "lr_too_high", "capacity")
+    )
     if not math.isfinite(ended.data_loss):
         causes = ("unstable_loss", "lr_too_high")
     what = f"skill {ended.skill:.2f}" if math.isfinite(ended.skill) else "a loss that is not finite"
@@ -225,8 +229,18 @@ def stagnation(run: Run) -> Iterator[Finding]:
         f"{trend.last:.4g}" + (f", and a constant's is {ended.constant:.4g}." if np.isfinite(ended.constant) else "."),
         {"skill_train": ended.train, "skill_validation": ended.validation, "constant_loss": ended.constant},
         (
-            "Overfit one batch: trainrt.fit(model, x[:32], y[:32], epochs=200) must reach a loss near zero. If it does not, "
+            "Overfit one batch: trainrt.fit(model, x[:32], y[:32], epochs=200) must reach a loss near zero. "
+            "If it does not, "
             "the model or the loss is wrong; if it does, look at the data.",
             f"Try a tenth and ten times of the learning rate ({rate:.3g}).",
         ),
     )
+
+
+def _falls_late(run: Run) -> bool:
+    """Whether the loss still falls in the second half, by a twentieth and beyond its noise: a run that needs time."""
+    loss = scalar(run, "data_loss") if np.isfinite(scalar(run, "data_loss")).any() else scalar(run, "loss")
+    quarters = [percentile(part, 50) for part in np.array_split(loss, 4)] if len(loss) >= 20 else [math.nan] * 4
+    fall = quarters[1] - quarters[3]
+    noise = loss_trend(run).noise / math.sqrt(max(len(loss) / 4, 1))
+    return bool(fall > max(4 * noise, 0.05 * abs(quarters[1])))

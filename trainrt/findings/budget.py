@@ -45,7 +45,7 @@ def unfinished(run: Run) -> Iterator[Finding]:
         return
     updates = int(run.steps[-1, 1] - run.steps[0, 0] + 1)
     ended = outcome(run)
-    if updates >= FEW or not ended.poor(POOR) or not _falls(run):
+    if updates >= FEW or len(run.epochs) < 2 or not ended.poor(POOR) or not falls(run):
         return
     ratio, path = _pace(run)
     train = program.side(run)
@@ -53,21 +53,25 @@ def unfinished(run: Run) -> Iterator[Finding]:
     rate = percentile(scalar(run, "learning_rate"), 50)
     whole = batches == 1
     few_first = whole or ratio >= LARGE_STEP
-    causes = ("too_few_updates", "batch_size_too_large", "lr_too_low")
+    causes: tuple[str, ...] = ("too_few_updates", "batch_size_too_large", "lr_too_low")
     if not few_first:
         causes = ("lr_too_low", "too_few_updates")
     size = (train.get("batch_size") or [None])[-1]
-    smaller = f"trainrt.fit(..., batch_size=32) instead of {size}" if size and size > 64 else "trainrt.fit(..., epochs=50)"
+    smaller = (
+        f"trainrt.fit(..., batch_size=32) instead of {size}" if size and size > 64 else "trainrt.fit(..., epochs=50)"
+    )
     more = f"{smaller} makes more updates."
     faster = f"A larger rate: model.optimizer.learning_rate = {rate * 10:.1g}." if math.isfinite(rate) else ""
     advice = (more, faster) if few_first else (faster, more)
     yield about(
         run,
         "unfinished",
-        "error",
+        "warning",
         0.85,
         causes,
-        f"The run has {updates} updates" + (f", {batches} an epoch" if batches else "") + f", which moved the kernels by "
+        f"The run has {updates} updates"
+        + (f", {batches} an epoch" if batches else "")
+        + f", which moved the kernels by "
         f"{path:.2g} of their size in all ({ratio:.1g} a step); the loss still falls.",
         {"updates": updates, "path_over_weight": path, "update_ratio": ratio, "threshold": FEW, "skill": ended.skill},
         tuple(line for line in advice if line),
@@ -96,8 +100,7 @@ def crawling(run: Run) -> Iterator[Finding]:
     if len(run.steps) < 25 or not ended.poor(SLOW):
         return
     loss = scalar(run, "data_loss") if np.isfinite(scalar(run, "data_loss")).any() else scalar(run, "loss")
-    fifths = [part for part in np.array_split(loss, 5)]
-    level = np.array([percentile(part, 50) for part in fifths])
+    level = np.array([percentile(part, 50) for part in np.array_split(loss, 5)])
     if not np.isfinite(level).all():
         return
     noise = loss_trend(run).noise / math.sqrt(max(len(loss) / 5, 1))
@@ -115,7 +118,8 @@ def crawling(run: Run) -> Iterator[Finding]:
         "error",
         0.8,
         ("lr_too_low", "too_few_updates"),
-        f"The loss falls steadily, from {level[0]:.4g} to {level[4]:.4g}, but at this pace a constant's loss of {target:.4g} "
+        f"The loss falls steadily, from {level[0]:.4g} to {level[4]:.4g}, but at this pace a constant's "
+        f"loss of {target:.4g} "
         f"is {left / late * 0.4:.3g} times the run away; kernels move by {ratio:.1g} of their size a step.",
         {"levels": level.tolist(), "noise": noise, "target": target, "update_ratio": ratio},
         (
@@ -127,7 +131,7 @@ def crawling(run: Run) -> Iterator[Finding]:
     )
 
 
-def _falls(run: Run) -> bool:
+def falls(run: Run) -> bool:
     """Whether the second half's loss is under the first half's, beyond the noise."""
     loss = scalar(run, "loss")
     half = len(loss) // 2

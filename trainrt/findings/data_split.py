@@ -69,7 +69,8 @@ def unshuffled(run: Run) -> Iterator[Finding]:
             "error",
             0.95,
             ("unshuffled_data",),
-            f"The rows come sorted by label ({how}): {length:.3g} equal labels in a row where a shuffle has {usual:.2g}; "
+            f"The rows come sorted by label ({how}): {length:.3g} equal labels in a row where a shuffle has "
+            f"{usual:.2g}; "
             f"the labels of a batch have {mixed:.2f} bits of entropy where a shuffle has {after:.2f}.",
             {"batch_entropy": mixed, "batch_entropy_shuffled": after, "run_length": length, "threshold": MIXED},
             advice,
@@ -114,7 +115,7 @@ def validation_differs(run: Run) -> Iterator[Finding]:
         return
     if distance > VARIATION:
         message = f"The classes of the validation data differ from those of the training data: distance {distance:.2f}."
-        advice = (
+        advice: tuple[str, ...] = (
             "Shuffle before you split: order = rng.permutation(len(x)); x, y = x[order], y[order]. validation_split "
             "takes the last rows as they are.",
         )
@@ -128,7 +129,7 @@ def validation_differs(run: Run) -> Iterator[Finding]:
             "x_train.std(0).",
             "Or put the normalisation into the model, where it cannot be forgotten.",
         )
-    evidence = {"mean_shift": shift, "std_factor": ratio, "label_distance": distance}
+    evidence: dict[str, Any] = {"mean_shift": shift, "std_factor": ratio, "label_distance": distance}
     evidence |= {"thresholds": {"mean_shift": SHIFT, "std_factor": SPREAD, "label_distance": VARIATION}}
     strong = ratio > 2 * SPREAD or shift > 2 * SHIFT or distance > VARIATION
     yield about(
@@ -212,7 +213,8 @@ def leaking_feature(run: Run) -> Iterator[Finding]:
         "error",
         0.93,
         ("label_leakage",),
-        f"Feature {feature} alone explains {share:.1%} of the targets; the next best {second:.0%}. Is it made from them?",
+        f"Feature {feature} alone explains {share:.1%} of the targets; the next best {second:.0%}. Is it "
+        "made from them?",
         {"feature": feature, "explained": share, "second": second, "threshold": 0.98},
         (
             f"Look at it, then leave it out: x = np.delete(x, {feature}, axis=1).",

@@ -242,7 +242,8 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
             ("lr_too_high", "dying_relu", "saturated_activation"),
             0.8,
             "error",
-            f"the gradient is exactly zero since steps of up to {thrown:.2g} of the kernels' size: they threw the units "
+            f"the gradient is exactly zero since steps of up to {thrown:.2g} of the kernels' size: they "
+            "threw the units "
             "to where they give the same output whatever comes in",
             (
                 f"Lower the learning rate: model.optimizer.learning_rate = {_rate(view, t) / 10:.1g}.",

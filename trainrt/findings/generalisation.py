@@ -34,8 +34,8 @@ def overfit(run: Run) -> Iterator[Finding]:
              1.3 times its best or more.
     Matters: the later epochs made the model worse where it counts.
     Try:     stop at the best epoch, a smaller model, more data or augmentation, weight decay or dropout.
-    Source:  Prechelt, Early stopping: but when?, 1998 (generalisation loss); SageMaker's Overfit takes 10 % of the loss,
-             which flags every model that fits its data well.
+    Source:  Prechelt, Early stopping: but when?, 1998 (generalisation loss); SageMaker's Overfit takes 10 % of
+             the loss, which flags every model that fits its data well.
 
     >>> from trainrt.findings.examples import learning
     >>> worse = {"val_accuracy": 0.65, "val_loss": 2.0}
@@ -60,7 +60,8 @@ def overfit(run: Run) -> Iterator[Finding]:
         "error" if ended.train - ended.validation > 2 * GAP else "warning",
         0.85,
         ("overfitting", "capacity"),
-        f"The model learns its training data by heart: the validation loss was best in epoch {at + 1} at {best:.4g} and "
+        f"The model learns its training data by heart: the validation loss was best in epoch {at + 1} at "
+        f"{best:.4g} and "
         f"is {last:.4g} now, with a skill of {ended.train:.2f} on the training and {ended.validation:.2f} on the "
         "validation data.",
         {
@@ -72,7 +73,8 @@ def overfit(run: Run) -> Iterator[Finding]:
             "thresholds": {"gap": GAP, "rise": ROSE},
         },
         (
-            f"Stop there: keras.callbacks.EarlyStopping(patience={max(2, len(losses) // 10)}, restore_best_weights=True).",
+            f"Stop there: keras.callbacks.EarlyStopping(patience={max(2, len(losses) // 10)}, "
+            "restore_best_weights=True).",
             "Fewer units, dropout between 0.1 and 0.5, or kernel_regularizer=keras.regularizers.L2(1e-4).",
             "More data, or augmentation.",
         ),
@@ -113,11 +115,13 @@ def outweighing_regulariser(run: Run) -> Iterator[Finding]:
         "error",
         0.92,
         ("over_regularised", "weight_decay_too_high"),
-        f"The regularisers outweigh the data: they are {share:.0%} of the loss (at first {early:.3g} beside {first:.3g}, in "
+        f"The regularisers outweigh the data: they are {share:.0%} of the loss (at first {early:.3g} beside "
+        f"{first:.3g}, in "
         f"the end {late:.3g} beside {rest:.3g}).",
         {"share": share, "penalty": late, "data_loss": rest, "threshold": OUTWEIGHS, "skill": ended.skill},
         (
-            "Divide the factors by 100, as in kernel_regularizer=keras.regularizers.L2(1e-4), and watch the data's loss: "
+            "Divide the factors by 100, as in kernel_regularizer=keras.regularizers.L2(1e-4), and watch the "
+            "data's loss: "
             'history.run.scalar("data_loss").',
         ),
         where=_regularised(run),
@@ -160,7 +164,8 @@ def drowning_dropout(run: Run) -> Iterator[Finding]:
         "error",
         0.9 if worst >= 0.7 else 0.6,
         ("dropout_too_high", "over_regularised"),
-        f"Dropout of {', '.join(f'{rate:g}' for rate in rates.values())} leaves {kept:.1%} of the paths on: each step trains "
+        f"Dropout of {', '.join(f'{rate:g}' for rate in rates.values())} leaves {kept:.1%} of the paths on: "
+        "each step trains "
         "another, tiny network.",
         {"rates": rates, "kept": kept, "thresholds": {"rate": 0.7, "kept": KEPT}, "skill": ended.skill},
         ("Use rates of 0.1 to 0.5: keras.layers.Dropout(0.2).",),

@@ -23,6 +23,9 @@ EARLY = 5
 """A fifth of the run: later the gradients of what has been learnt are small everywhere."""
 GAIN = 4.0
 """Standard deviation of a kernel's start times the root of its fan-in: sqrt(2) for He, about 1 for Glorot and LeCun."""
+EXCESS = 30.0
+"""Product of the gains over that of He's starts."""
+BOUNDED = ("tanh", "sigmoid", "hard_sigmoid", "softsign", "hard_tanh")
 SATURATES = ("sigmoid", "hard_sigmoid")
 
 
@@ -87,7 +90,8 @@ def vanishing(run: Run) -> Iterator[Finding]:
             "error",
             0.85,
             ("vanishing_gradient", "hidden_activation"),
-            f"A recurrent layer of sigmoids ({cells[0]}) multiplies its gradient by at most a quarter a time step: what "
+            f"A recurrent layer of sigmoids ({cells[0]}) multiplies its gradient by at most a quarter a "
+            "time step: what "
             "came some steps ago is forgotten, and nothing was learnt.",
             {"cells": cells},
             ("Use keras.layers.GRU or LSTM with their own activations.", "Bring what matters closer to the end."),
@@ -100,7 +104,7 @@ def wild_start(run: Run) -> Iterator[Finding]:
     """Kernels that start far too large: each layer multiplies what comes in.
 
     Means:   the kernels' initial deviation times the root of their fan-in is over 4 (geometric mean; He's start has
-             1.4), and the model learnt little or diverged.
+             1.4), or over 2 and 30 times He's over all layers; and the model learnt little or diverged.
     Matters: with depth the factors multiply: outputs and gradients of 1e4 and more in the first step.
     Try:     kernel_initializer='he_normal' for ReLU, 'glorot_uniform' (the default) for the rest.
     Source:  He et al., Delving deep into rectifiers, 2015; Glorot & Bengio, 2010.
@@ -132,7 +136,8 @@ def wild_start(run: Run) -> Iterator[Finding]:
     if len(positive) < len(gains) or not positive:
         return
     mean = math.exp(sum(map(math.log, positive)) / len(positive))
-    if not mean > GAIN:
+    excess = math.prod(gain / math.sqrt(2) for gain in positive)
+    if not (mean > GAIN or (mean > GAIN / 2 and excess > EXCESS)):
         return
     yield about(
         run,
@@ -140,11 +145,57 @@ def wild_start(run: Run) -> Iterator[Finding]:
         "error",
         0.94,
         ("bad_init", "exploding_gradient"),
-        f"The kernels start too large: each layer multiplies its input by about {mean:.3g} where 1 to 1.4 keeps the scale, "
-        f"{mean ** len(positive):.2g}-fold over {len(positive)} layers. The first loss was {run.scalar('loss')[0]:.4g}.",
+        f"The kernels start too large: each layer multiplies its input by about {mean:.3g} where 1 to 1.4 "
+        "keeps the scale, "
+        f"{mean ** len(positive):.2g}-fold over {len(positive)} layers. The first loss was "
+        f"{run.scalar('loss')[0]:.4g}.",
         {"gain": mean, "gains": gains, "threshold": GAIN},
         ("Use kernel_initializer='he_normal' with ReLU, 'glorot_uniform' (the default) otherwise.",),
         where=tuple(path for path, gain in gains.items() if gain > GAIN),
+    )
+
+
+@rule
+def unbounded_cell(run: Run) -> Iterator[Finding]:
+    """A recurrent layer whose cell has no bound: ReLU or no activation where tanh belongs.
+
+    Means:   an LSTM, GRU or SimpleRNN has an activation without an upper bound, and the model learnt little.
+    Matters: the state is multiplied by the same matrix every time step: without a bound it grows with the length of the
+             sequence, or the units die for all later steps.
+    Try:     leave `activation` out: tanh is the default.
+    Source:  Pascanu et al., On the difficulty of training recurrent networks, 2013; Le et al., 2015, need an identity
+             start to make ReLU cells work.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> cell = [{"name": "gru", "class": "GRU", "config": {"units": 4, "activation": "relu"}}]
+    >>> [finding.causes[0] for finding in unbounded_cell(stuck(layers=cell))]
+    ['hidden_activation']
+    >>> list(unbounded_cell(learning(layers=cell)))
+    []
+    """
+    if not outcome(run).poor(POOR):
+        return
+    cells = {
+        layer["name"]: layer["config"].get("activation")
+        for layer in program.layers(run)
+        if layer["class"] in ("LSTM", "GRU", "SimpleRNN") and "activation" in layer["config"]
+    }
+    cells = {name: str(kind) for name, kind in cells.items() if isinstance(kind, str) and kind not in BOUNDED}
+    if not cells:
+        return
+    name, kind = next(iter(cells.items()))
+    yield about(
+        run,
+        "unbounded_cell",
+        "error",
+        0.92,
+        ("hidden_activation", "exploding_gradient", "dying_relu"),
+        f"The recurrent layer {name} has {kind!r} where tanh bounds the state: it grows with the length of "
+        "the sequence, "
+        "or dies.",
+        {"cells": cells},
+        (f"Leave it out: keras.layers.GRU(units), not activation={kind!r}.",),
+        where=tuple(cells),
     )
 
 
@@ -196,7 +247,8 @@ def exploding(run: Run) -> Iterator[Finding]:
 
 
 def _deviation(initializer: Any) -> float | None:
-    """Standard deviation that an initializer gives whatever the shape; None where it scales by the fan, or is unknown."""
+    """Standard deviation that an initializer gives whatever the shape; None where it scales by the fan, or "
+    "is unknown."""
     given = initializer if isinstance(initializer, Mapping) else {"class": initializer}
     kind = given.get("class")
     if kind in ("RandomNormal", "TruncatedNormal"):

@@ -119,7 +119,8 @@ def labels_of_noise(run: Run) -> Iterator[Finding]:
             "error",
             0.8,
             ("labels_wrong", "overfitting", "train_val_mismatch"),
-            f"The training data is learnt (skill {ended.train:.2f}), but no epoch did better on the validation data than "
+            f"The training data is learnt (skill {ended.train:.2f}), but no epoch did better on the "
+            "validation data than "
             f"a constant prediction would (skill {ended.best:.2f}): the labels seem independent of the inputs.",
             {
                 "skill_train": ended.train,
@@ -128,7 +129,8 @@ def labels_of_noise(run: Run) -> Iterator[Finding]:
             },
             (
                 "Look at some pairs: for i in range(5): print(x[i], y[i]).",
-                "Shuffle inputs and labels by one permutation: order = rng.permutation(len(x)); x, y = x[order], y[order].",
+                "Shuffle inputs and labels by one permutation: order = rng.permutation(len(x)); x, y = "
+                "x[order], y[order].",
             ),
         )
         return

@@ -73,7 +73,8 @@ def drowning_epsilon(run: Run) -> Iterator[Finding]:
         (
             "Look at the scale of the loss: is it divided by too much? Its gradients are of size "
             f"{level * epsilon:.1g}.",
-            f"Lower epsilon: keras.optimizers.{config.get('class') or 'Adam'}(epsilon={min(level * epsilon / 1e3, 1e-8):.1g}).",
+            "Lower epsilon: "
+            f"keras.optimizers.{config.get('class') or 'Adam'}(epsilon={min(level * epsilon / 1e3, 1e-8):.1g}).",
         ),
         where=tuple(run.roster.parameters[p].path for p in matrices),
     )
@@ -125,7 +126,8 @@ def consuming_decay(run: Run) -> Iterator[Finding]:
              the kernels shrank to half their start or less, and the model learnt little.
     Matters: the weights go to zero, the outputs to a constant.
     Try:     1e-4 to 1e-2; Keras multiplies it with the learning rate, other libraries do not.
-    Source:  Loshchilov & Hutter, Decoupled weight decay regularization, 2019: 1 / (rate * decay) is the memory in steps.
+    Source:  Loshchilov & Hutter, Decoupled weight decay regularization, 2019: the memory is
+             1 / (rate * decay) steps.
 
     >>> from trainrt.findings.examples import learning, stuck
     >>> heavy = {"class": "SGD", "config": {"learning_rate": 0.1, "weight_decay": 2.0}}
@@ -155,7 +157,8 @@ def consuming_decay(run: Run) -> Iterator[Finding]:
         "error",
         0.94,
         ("weight_decay_too_high", "over_regularised"),
-        f"Weight decay removes {share:.2g} of each weight a step (learning rate {rate:.3g} times {decay:.3g}): the kernels "
+        f"Weight decay removes {share:.2g} of each weight a step (learning rate {rate:.3g} times "
+        f"{decay:.3g}): the kernels "
         f"shrank to {shrunk:.2g} of their start.",
         {"share_a_step": share, "kernel_over_start": shrunk, "thresholds": {"share_a_step": DECAY, "shrunk": SHRUNK}},
         (f"Lower it: weight_decay={min(1e-3 / rate, 0.01):.1g}. Keras multiplies it with the learning rate.",),
@@ -199,7 +202,8 @@ def slow_optimizer(run: Run) -> Iterator[Finding]:
         "error",
         0.9,
         ("wrong_optimizer", "lr_too_low"),
-        f"{kind} runs at a learning rate of {rate:.3g}, made for {usual:g}: kernels move by {ratio:.1g} of their size a "
+        f"{kind} runs at a learning rate of {rate:.3g}, made for {usual:g}: kernels move by {ratio:.1g} of "
+        "their size a "
         f"step, and the loss went from {trend.first:.4g} to {trend.last:.4g}.",
         {"learning_rate": rate, "usual": usual, "update_ratio": ratio},
         (f"keras.optimizers.{kind}(learning_rate={usual:g}), or keras.optimizers.Adam(1e-3).",),

@@ -64,6 +64,10 @@ class Outcome:
 
 def outcome(run: Run) -> Outcome:
     """The outcome of a run so far."""
+    return run.memo("outcome", lambda: _outcome(run))
+
+
+def _outcome(run: Run) -> Outcome:
     trend = loss_trend(run)
     part = scalar(run, "data_loss")
     data_loss = float(np.nanmean(part[-max(1, len(part) // 5) :])) if np.isfinite(part[-1:]).any() else trend.last
@@ -95,9 +99,10 @@ def _skill(run: Run, logs: Mapping[str, float], prefix: str, side: str, extra: f
     chance = _chance(target)
     loss = program.loss_name(run)
     accuracy = next((float(logs[prefix + name]) for name in ACCURACIES if prefix + name in logs), NAN)
-    if math.isfinite(accuracy) and chance < 1 and (labels.get("kind") in ("one_hot", "binary", "integer")):
-        if not ("squared" in loss or "absolute" in loss) or labels.get("kind") in ("one_hot", "binary"):
-            return (accuracy - chance) / (1 - chance), "classes"
+    # Whole numbers under a loss of differences are amounts; an accuracy says nothing about them.
+    kinds = ("one_hot", "binary") if "squared" in loss or "absolute" in loss else ("one_hot", "binary", "integer")
+    if math.isfinite(accuracy) and chance < 1 and labels.get("kind") in kinds:
+        return (accuracy - chance) / (1 - chance), "classes"
     value = logs.get(prefix + "loss", NAN)
     value = value - extra if math.isfinite(value) else value
     squared = (

@@ -45,16 +45,32 @@ EXPLAINS: dict[str, tuple[str, ...]] = {
     "frozen_layers": ("graph_cut", "capacity"),
     "flipped_sign": _WRONG,
     "labels_wrong": ("overfitting",),
-    **{
-        cause: (*_WRONG, "inputs_constant", "flipped_sign", "sample_weights_zero", "wrong_loss", "output_units")
-        for cause in ("wrong_output_activation", "missing_softmax", "double_softmax", "wrong_softmax_axis", "wrong_loss")
-        + ("label_range", "output_units")
-    },
+    **dict.fromkeys(
+        [
+            "wrong_output_activation",
+            "missing_softmax",
+            "double_softmax",
+            "wrong_softmax_axis",
+            "wrong_loss",
+            "label_range",
+            "output_units",
+        ],
+        (*_WRONG, "inputs_constant", "flipped_sign", "sample_weights_zero", "wrong_loss", "output_units"),
+    ),
 }
 """Root cause -> what it brings about, and what therefore needs no explanation of its own. A cause that explains another
 does so only when its finding ranks higher."""
 
-DYNAMICS = ("dead_update", "learning_rate", "stagnation", "vanishing", "exploding", "crawling", "unfinished", "nonfinite")
+DYNAMICS = (
+    "dead_update",
+    "learning_rate",
+    "stagnation",
+    "vanishing",
+    "exploding",
+    "crawling",
+    "unfinished",
+    "nonfinite",
+)
 """Rules about what the steps did: from the first number on that is not finite, they say nothing new."""
 
 
@@ -100,7 +116,7 @@ def diagnose(run: Run, rules: Iterable[Rule] | None = None) -> list[Finding]:
         rules = ALL
     found: list[Finding] = []
     # Rules compute on NaN rows, which are "not measured", and divide by norms that may be zero.
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), run.keeping():
         for each in rules:
             try:
                 found.extend(each(run))

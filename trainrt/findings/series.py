@@ -96,6 +96,10 @@ class Trend:
 
 def loss_trend(run: Run) -> Trend:
     """The trend of the batch loss."""
+    return run.memo("loss_trend", lambda: _loss_trend(run))
+
+
+def _loss_trend(run: Run) -> Trend:
     loss = scalar(run, "loss")
     width = (run.steps[:, 1] - run.steps[:, 0] + 1).astype(float)
     tenths = [part for part in np.array_split(np.arange(len(loss)), min(10, len(loss))) if len(part)]
