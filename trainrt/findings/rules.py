@@ -46,15 +46,10 @@ EXPLAINS: dict[str, tuple[str, ...]] = {
     "flipped_sign": _WRONG,
     "labels_wrong": ("overfitting",),
     **dict.fromkeys(
-        [
-            "wrong_output_activation",
-            "missing_softmax",
-            "double_softmax",
-            "wrong_softmax_axis",
-            "wrong_loss",
-            "label_range",
-            "output_units",
-        ],
+        (
+            *("wrong_output_activation", "missing_softmax", "double_softmax", "wrong_softmax_axis", "wrong_loss"),
+            *("label_range", "output_units"),
+        ),
         (*_WRONG, "inputs_constant", "flipped_sign", "sample_weights_zero", "wrong_loss", "output_units"),
     ),
 }
