@@ -19,6 +19,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `reduce_per_replica` | logs of several replicas to one | `Strategy.reduce` |
 | `model._aggregate_additional_loss` | tells the data loss from `add_loss` and regularisers | a public hook in `compute_loss` |
 | `model._flatten_layers` | every layer at any depth | a public `keras.Layer.layers` for layers too |
+| `global_state`'s seed generator | the state of `keras.random`, for digests | a public name for it |
 | `model._jit_compile` | what `compile` was asked for, before `jit_compile` resolves it; XLA with determinism, which the setter refuses | an argument of `compile` |
 | `model._compile_loss._user_loss` | the loss function in the passport | `model.get_compile_config` |
 | `optimizer._trainable_variables`, its per-variable lists | pairs slots with weights | public slot names |
@@ -41,6 +42,7 @@ if keras.backend.backend() != "tensorflow":
     )
 
 import tensorflow as tf
+from keras.src.backend.common import global_state
 from keras.src.backend.tensorflow import trainer as tf_trainer
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters import array_data_adapter, array_slicing, data_adapter_utils
@@ -190,6 +192,12 @@ def build_optimizer(model: keras.Model) -> None:
         with keras.name_scope(optimizer.name, caller=optimizer):
             optimizer.build(model.trainable_weights)
         optimizer.built = True
+
+
+def global_seed_state():
+    """The state of the seed generator that `keras.random` uses where it is given no seed; None: there is none yet."""
+    generator = global_state.get_global_attribute("global_seed_generator")
+    return None if generator is None else generator.state
 
 
 def layers_of(model: keras.Model) -> list[keras.Layer]:

@@ -71,7 +71,7 @@ class Observer:
         watched = self._optimizers if self._measuring or self._clip or self._kernels else ()
         with contextlib.ExitStack() as stack:
             for optimizer in watched:
-                stack.enter_context(_replaced(optimizer, "apply", self._apply(optimizer, optimizer.apply)))
+                stack.enter_context(replaced(optimizer, "apply", self._apply(optimizer, optimizer.apply)))
             if self._measuring:
                 stack.enter_context(self._watched_loss(model))
             yield
@@ -87,7 +87,7 @@ class Observer:
             self._losses = doors.loss_parts(model, taps.tap(loss), [taps.tap(term) for term in terms])
             return loss
 
-        with _replaced(model, "compute_loss", watched), doors.additional_losses(model, terms):
+        with replaced(model, "compute_loss", watched), doors.additional_losses(model, terms):
             yield
 
     def _apply(self, optimizer, apply):
@@ -235,7 +235,7 @@ def unpack(vectors: np.ndarray, roster: Roster) -> tuple[np.ndarray, np.ndarray,
 
 
 @contextlib.contextmanager
-def _replaced(owner, name: str, function) -> Iterator[None]:
+def replaced(owner, name: str, function) -> Iterator[None]:
     """An attribute of the instance for a while, past the tracking `__setattr__` of Keras."""
     before = owner.__dict__.get(name)
     owner.__dict__[name] = function

@@ -16,17 +16,19 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from trainrt.determinism.digests import Digests
     from trainrt.determinism.modes import enable, is_enabled
 
-__all__ = ["enable", "is_enabled"]
+_HOME = {"Digests": "digests", "enable": "modes", "is_enabled": "modes"}
+
+__all__ = ["Digests", "enable", "is_enabled"]
 
 
 def __getattr__(name: str):
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module 'trainrt.determinism' has no attribute {name!r}; it has {', '.join(__all__)}.")
-    from trainrt.determinism import modes
-
-    return getattr(modes, name)
+    return getattr(importlib.import_module(f"trainrt.determinism.{_HOME[name]}"), name)

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainrt import doors
+from trainrt.bits import depends_on
 from trainrt.digest import digest_all
 
 XLA = "xla"
@@ -31,34 +32,6 @@ DATA_BYTES = 1 << 30
 """Most bytes of arrays that are digested for the passport; takes about 0.7 seconds."""
 
 REMEDY = "Put `trainrt.determinism.enable(seed=...)` in the script's first lines, before the model is built"
-
-BITS = (
-    "trainrt",
-    "versions",
-    "processor",
-    "devices",
-    "drivers",
-    "variables",
-    "tensorflow",
-    "strategy",
-    "replicas",
-    "precision",
-    "floatx",
-    "model",
-    "optimizer",
-    "compile",
-    "updates",
-    "random_states",
-    "weights_digest",
-)
-"""Parts of a passport that the bits depend on. Threads and oneDNN's switch are among them: one thread instead of two
-changed 6 of 14 models, `TF_ENABLE_ONEDNN_OPTS=0` changed 7."""
-
-FIT = (
-    *("x", "y", "batch_size", "epochs", "validation_split", "shuffle", "class_weight", "sample_weight"),
-    *("initial_epoch", "steps_per_epoch", "clip", "observe"),
-)
-"""Arguments of `fit` that the bits depend on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,19 +248,6 @@ def fingerprint(environment: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def depends_on(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a passport that the bits depend on."""
-    fit, mode = environment.get("fit") or {}, environment.get("determinism") or {}
-    names = ("enforced", "xla", "seed", "cores", "onednn", "data_digest")
-    variables = environment.get("variables") or {}
-    return {
-        **{name: environment.get(name) for name in BITS},
-        "variables": {k: v for k, v in variables.items() if k not in ("SLURM_JOB_ID", "PYTHONHASHSEED")},
-        "fit": {name: fit.get(name) for name in FIT if name in fit},
-        "determinism": {name: mode.get(name) for name in names},
-    }
-
-
 def data_digest(data: Any) -> str | None:
     """The digest of arrays; None for anything else, and for more of them than `DATA_BYTES`."""
     leaves = [leaf for leaf in keras.tree.flatten(data) if leaf is not None]
@@ -296,7 +256,7 @@ def data_digest(data: Any) -> str | None:
     try:
         arrays = [np.asarray(leaf) for leaf in leaves]
         return digest_all(arrays) if sum(a.nbytes for a in arrays) <= DATA_BYTES else None
-    except (TypeError, ValueError):  # strings, objects
+    except Exception:  # strings, objects: what cannot be digested must not end the record
         return None
 
 
