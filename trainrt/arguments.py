@@ -13,6 +13,7 @@ from trainrt import clip as clips
 from trainrt import doors
 from trainrt.clip import Clip
 from trainrt.determinism import modes
+from trainrt.determinism.digests import Digests, asked
 from trainrt.sinks import Sink
 
 NONFINITE = ("report", "skip", "stop")
@@ -29,6 +30,7 @@ class Request:
       sinks: More places for the record.
       deterministic: False, True, or "xla": with XLA.
       seed: For all random generators, or None.
+      digests: What is digested, or None.
     """
 
     logdir: str | None
@@ -37,6 +39,7 @@ class Request:
     sinks: tuple[Sink, ...]
     deterministic: bool | str = False
     seed: int | None = None
+    digests: Digests | None = None
 
 
 def check(
@@ -50,6 +53,7 @@ def check(
     on_nonfinite: Any,
     sinks: Any,
     seed: Any = None,
+    digests: Any = None,
 ) -> Request:
     """Checks the model and the arguments that are not Keras's.
 
@@ -68,7 +72,13 @@ def check(
     doors.assert_compiled(model)
     _deterministic(deterministic)
     request = Request(
-        _logdir(logdir), clips.resolve(clip), _every(observe), _sinks(sinks), deterministic, modes.checked(seed)
+        _logdir(logdir),
+        clips.resolve(clip),
+        _every(observe),
+        _sinks(sinks),
+        deterministic,
+        modes.checked(seed),
+        asked(digests, bool(deterministic)),
     )
     if request.clip is not None:
         _one_clip(model, request.clip)

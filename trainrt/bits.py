@@ -82,7 +82,7 @@ class Verdict:
 
     @property
     def identical(self) -> bool | None:
-        """True: all digests are equal, and the weights at the end; None: equal as far as was recorded, which is no proof."""
+        """True: all digests and the last weights are equal; None: nothing recorded differs, which is no proof."""
         if self.difference is not None or self.weights is False:
             return False
         return True if self.weights and self.digests else None
@@ -118,7 +118,9 @@ def compare_bits(left: Run, right: Run) -> Verdict:
     if difference is None or (rough is not None and rough.step < difference.step and started is None):
         difference = rough
     ends = [(run.end or {}).get("weights_digest") for run in (left, right)]
-    weights = None if None in ends else ends[0] == ends[1]
+    weights: bool | None = None if None in ends else ends[0] == ends[1]
+    if weights is None and exact is None and _digested_to_the_end(left, right):
+        weights = True
     return Verdict(difference, digests, steps, weights, conditions(left.environment, right.environment))
 
 
@@ -130,7 +132,7 @@ def _start(left: Run, right: Run) -> Difference | None:
 
 
 def digests_of(run: Run) -> dict[tuple[int, int], dict[tuple[str, str], str]]:
-    """(step, 0 inside it or 1 after it) -> (stage, name) -> digest as 16 hexadecimal digits, in the order of the step."""
+    """(step, 0 inside it or 1 after it) -> (stage, name) -> 16 hexadecimal digits, in the order of the step."""
     names: dict[str, list[tuple[str, str]]] = {}
     found: dict[tuple[int, int], dict[tuple[str, str], str]] = {}
     for document in run.documents:
@@ -144,6 +146,12 @@ def digests_of(run: Run) -> dict[tuple[int, int], dict[tuple[str, str], str]]:
             parts = [text[i : i + 16] for i in range(0, len(text), 16)]
             found[int(step), int(of == "variables")] = dict(zip(names.get(of, ()), parts, strict=False))
     return found
+
+
+def _digested_to_the_end(left: Run, right: Run) -> bool:
+    """Whether the last digests of both runs are of all variables after the same last step."""
+    lasts = [max(digests_of(run), default=None) for run in (left, right)]
+    return lasts[0] is not None and lasts[0][1] == 1 and lasts[0] == lasts[1]
 
 
 def _by_digests(left: Run, right: Run) -> tuple[Difference | None, int, int]:
@@ -198,11 +206,11 @@ def _recorded(left: Run, right: Run, pairs: np.ndarray) -> Iterator[tuple[str, l
         differs = _differ(left.moments(subject).array[i], right.moments(subject).array[j]).any(-1)
         slot = subject not in order
         names = [f"{path}/{subject}" if slot else path for path in left.roster.paths]
-        yield order.get(subject, "slot"), names, differs
+        yield order.get(subject, "slot"), names, np.asarray(differs)
 
 
 def _differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a != b) & ~(np.isnan(a) & np.isnan(b))
+    return np.asarray((a != b) & ~(np.isnan(a) & np.isnan(b)))
 
 
 def conditions(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -239,10 +247,12 @@ FIT = (
 def depends_on(environment: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a passport that the bits depend on."""
     fit, mode = environment.get("fit") or {}, environment.get("determinism") or {}
-    names = ("enforced", "xla", "seed", "cores", "onednn", "data_digest")
-    variables = environment.get("variables") or {}
+    names = ("enforced", "xla", "seed", "cores", "onednn", "data_digest", "model_config")
+    variables, model = environment.get("variables") or {}, environment.get("model") or {}
     return {
         **{name: environment.get(name) for name in PARTS},
+        # The layers' configurations are there only as far as time allowed; `model_config` is a digest of all.
+        "model": {k: v for k, v in model.items() if k != "layers"} if isinstance(model, Mapping) else model,
         "variables": {k: v for k, v in variables.items() if k not in ("SLURM_JOB_ID", "PYTHONHASHSEED")},
         "fit": {name: fit.get(name) for name in FIT if name in fit},
         "determinism": {name: mode.get(name) for name in names},

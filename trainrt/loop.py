@@ -18,6 +18,7 @@ from trainrt.audit import Audit
 from trainrt.batches import Batches, Execution
 from trainrt.clip import Clip
 from trainrt.determinism import modes
+from trainrt.determinism.digests import Digests, Ledger
 from trainrt.journal import Journal, floats
 from trainrt.pace import Pace, listens_to_batches
 from trainrt.record import Epoch
@@ -49,6 +50,7 @@ def fit(
     observe: bool | int = True,
     deterministic: bool | str = False,
     seed: int | None = None,
+    digests: bool | int | Digests | None = None,
     trace: tuple[int, int] | None = None,
     on_nonfinite: str = "report",
     sinks: Sequence[Sink] = (),
@@ -68,6 +70,9 @@ def fit(
         `trainrt.determinism`. It holds for the process from then on; "xla" compiles with XLA as well.
       seed: Seeds Python, NumPy, TensorFlow and Keras before the first step. Weights that are there already were drawn
         before: `trainrt.determinism.enable(seed)` above the model covers them.
+      digests: Exact digests in the record, to prove with and to find where two runs part (`trainrt.bits`): an int n
+        digests all stages of every n-th step, True all variables now and then, False nothing. None is True when
+        `deterministic`, else False.
       trace: Not built yet.
       on_nonfinite: "report" goes on as Keras does and says where the first NaN was. "skip" and "stop" are not built
         yet.
@@ -94,6 +99,7 @@ def fit(
         on_nonfinite=on_nonfinite,
         sinks=sinks,
         seed=seed,
+        digests=digests,
     )
     mode = modes.enter(model, request.deterministic, request.seed)
     most = keras.config.max_epochs()
@@ -150,6 +156,7 @@ def fit(
                 )
                 epoch_logs.update({f"val_{name}": value for name, value in validation.items()})
             callbacks.on_epoch_end(epoch, epoch_logs)
+            training.ledger.variables(training.step)
             training.journal.epoch(Epoch(epoch, training.step - 1, floats(epoch_logs)))
             training_logs = epoch_logs
             if verbose:
@@ -207,6 +214,7 @@ class _Training:
         self.step = 0
         self._begun_with: str | None = None
         self._surroundings = environment.Surroundings()
+        self.ledger = Ledger(request.digests, model, self._write_digests)
         self.journal = Journal(request.logdir, request.sinks, watched, self._weights)
 
     def epoch(self) -> dict:
@@ -217,7 +225,9 @@ class _Training:
         while place is not None:
             callbacks.on_train_batch_begin(place.begin)
             executions = self._executions(place, per)
+            before = self.step
             count = self._run(place, executions * per)
+            self.ledger.took(before, self.step)
             ran = math.ceil(count / per)
             if ran < executions:
                 self._overrun(place.iterator)
@@ -255,7 +265,7 @@ class _Training:
         if listens_to_batches(self._callbacks) or doors.makes_own_train_function(self._model):
             return 1
         steps = min(self._pace.steps, self._step.most if self._step else 1)
-        executions = max(1, steps // per)
+        executions = max(1, self.ledger.most(self.step, steps) // per)
         return executions if place.available is None else min(executions, place.available)
 
     def _run(self, place: Execution, count: int) -> int:
@@ -275,6 +285,8 @@ class _Training:
         if outcome.steps:
             self._logs = outcome.logs
             self._open()
+            if outcome.digests is not None and self._step:
+                self.ledger.rows(self._step.digest_names, self.step, outcome.digests)
             if outcome.vectors is not None:
                 self.journal.push(self.step, self._step.every, outcome.vectors, begun, ended)
             self.step += outcome.steps
@@ -283,7 +295,7 @@ class _Training:
     def _prepared(self, iterator) -> Step:
         """The step, traced; that of an earlier fit when the model is still as it was compiled then."""
         function = self._model.train_function
-        key = (self._request.clip, self._request.every)
+        key = (self._request.clip, self._request.every, self._request.digests)
         made = getattr(function, "_trainrt", None)
         if made is None or made[0] != key:
             if type(self._model.optimizer) in fused.RULES:
@@ -320,9 +332,12 @@ class _Training:
 
         def whole():
             known = {**passport, **self._surroundings.answers()}
-            return {**known, "determinism": modes.passport(self._mode, known, self._given)}
+            return {**known, "determinism": modes.passport(self._mode, self._model, known, self._given)}
 
         self.journal.open(roster, whole)
+
+    def _write_digests(self, describe) -> None:
+        self.journal.document("digests", describe)
 
     def _weights(self) -> str | None:
         """Digest of the weights as they are; None where nothing is recorded, or they are not built yet."""

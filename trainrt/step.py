@@ -7,6 +7,7 @@ the model's `jit_compile`, so that it computes the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import tensorflow as tf
 
 from trainrt import doors, native, resident
 from trainrt.clip import Clip
+from trainrt.determinism.digests import Collector, Digests
 from trainrt.record import Roster
 from trainrt.update import Observer
 
@@ -30,11 +32,13 @@ class Outcome(NamedTuple):
       logs: What the last step returned, as tensors; None when no step ran.
       vectors: [steps, D] float64, a row a step as `Observer.pack` made it, zeros for a step not observed; None when
         nothing is observed.
+      digests: [steps, 2N] float64, a row a step as `Collector.row` made it; None when none are asked for.
     """
 
     steps: int
     logs: dict | None
     vectors: tf.Tensor | None
+    digests: tf.Tensor | None = None
 
 
 class Step:
@@ -44,15 +48,17 @@ class Step:
       model: A compiled model.
       clip: Scales for the gradients before they reach the optimizer, or None.
       every: Observe every n-th step; 0 observes none.
+      digests: Which steps and stages are digested, or None.
 
     Attributes:
+      digest_names: (stage, name) of each digest, once the step is traced.
       every: As given; 0 when nothing can be observed.
       roster: The names along the axes of the vectors; None when nothing is observed.
       unseen: Why nothing is observed, though it was asked for.
       paths: The optimizer's name -> "fused", or why the optimizer's own `apply` runs.
     """
 
-    def __init__(self, model: keras.Model, clip: Clip | None, every: int):
+    def __init__(self, model: keras.Model, clip: Clip | None, every: int, digests: Digests | None = None):
         self._model = model
         self._clip = clip
         self._strategy = model.distribute_strategy
@@ -60,33 +66,42 @@ class Step:
         self._optimizers = doors.optimizers(model)
         self._kernels = not model.jit_compile and not self._several and native.load() is not None
         self._width = 0
+        self._digest_every = digests.every if digests and not self._several else 0
+        self._stages = digests.stages if digests else ()
+        self.digest_names: list[tuple[str, str]] = []
         self.every = every
         self.roster: Roster | None = None
         self.unseen: str | None = None
         self.paths: dict[str, str] = {}
         self._plain = self._compiled(measuring=False)
         self._observed = self._compiled(measuring=True)
+        self._digested = self._compiled(measuring=bool(every), digesting=True)
         if every and self._several:
             self.unseen, self.every = "several replicas are not observed yet", 0
         self._chunk = _function(self._one if self._several else self._iterated)
         self._chunks: dict[tuple, tf.types.experimental.PolymorphicFunction] = {}
 
-    def _compiled(self, measuring: bool):
+    def _compiled(self, measuring: bool, digesting: bool = False):
         """One step on a batch -> (logs, vector), wrapped as Keras wraps it."""
         model, strategy = self._model, self._strategy
 
         def replica_step(data):
             observer = Observer(self._optimizers, self._clip, measuring, self._kernels)
-            with observer.watch(model):
+            collector = Collector(model, self._optimizers, self._stages) if digesting else None
+            with observer.watch(model), collector.watch(data) if collector else contextlib.nullcontext():
                 logs = model.train_step(data)
             self.paths = observer.paths
-            if not measuring:
-                return logs, tf.zeros([self._width], tf.float64)
-            vector = observer.pack(logs)
-            self.unseen = observer.unseen
-            self.roster = None if self.unseen else observer.roster()
-            self._width = vector.shape[0]
-            return logs, vector
+            vector = observer.pack(logs) if measuring else tf.zeros([self._width], tf.float64)
+            if measuring:
+                self.unseen = observer.unseen
+                self.roster = None if self.unseen else observer.roster()
+                self._width = vector.shape[0]
+            if collector:
+                digests = collector.row()
+                self.digest_names = collector.names
+            else:
+                digests = tf.zeros([2 * len(self.digest_names)], tf.float64)
+            return logs, tf.concat([vector, digests], 0) if self._digest_every else vector
 
         @tf.autograph.experimental.do_not_convert
         def one_step(data):
@@ -103,11 +118,14 @@ class Step:
         if self._model.run_eagerly:
             return
         spec = _without_optionals(element_spec)
-        if self.every:
+        if self._digest_every:
+            self._digested.get_concrete_function(spec)
+            self.every = 0 if self.unseen else self.every
+        if self.every and self._digest_every != 1:
             self._observed.get_concrete_function(spec)
             if self.unseen:
                 self._see_nothing()
-        if self.every != 1:
+        if self.every != 1 and self._digest_every != 1:
             self._plain.get_concrete_function(spec)
 
     def _see_nothing(self) -> None:
@@ -117,7 +135,12 @@ class Step:
     @property
     def most(self) -> int:
         """Most steps of one call, so that what waits on the device stays bounded."""
-        return max(1, CHUNK_BYTES // max(8 * self._width, 1))
+        return max(1, CHUNK_BYTES // max(8 * self._row, 1))
+
+    @property
+    def _row(self) -> int:
+        """Numbers that a step leaves behind."""
+        return self._width + 2 * len(self.digest_names)
 
     def run(self, iterator, first: int, steps: int) -> Outcome:
         """Runs up to `steps` steps.
@@ -141,7 +164,11 @@ class Step:
         else:
             count, logs, vectors = self._chunk(iterator, begin, most)
         ran = int(count)
-        return Outcome(ran, logs if ran else None, vectors[:ran] if self.every else None)
+        return self._outcome(ran, logs if ran else None, vectors[:ran])
+
+    def _outcome(self, ran: int, logs, rows: tf.Tensor) -> Outcome:
+        vectors = rows[:, : self._width] if self.every else None
+        return Outcome(ran, logs, vectors, rows[:, self._width :] if self._digest_every else None)
 
     def _gathering(self, epoch: resident.Epoch):
         """The compiled loop for batches of this size and shape."""
@@ -181,19 +208,28 @@ class Step:
         """
         spec = _without_optionals(element_spec)
         step = self._observed if self.every else self._plain
+        step = self._digested if self._digest_every == 1 else step
+        keeping = self.every or self._digest_every
         logs_spec = step.get_concrete_function(spec).structured_outputs[0]
-        rows = tf.TensorArray(tf.float64, size=steps if self.every else 0, element_shape=[self._width])
+        rows = tf.TensorArray(tf.float64, size=steps if keeping else 0, element_shape=[self._row])
+
+        def due(every, ran):
+            return tf.equal((first + tf.cast(ran, tf.int64)) % every, 0)
 
         def train(data, ran):
-            if self.every <= 1:
+            if self._digest_every > 1:
+                return tf.cond(due(self._digest_every, ran), lambda: self._digested(data), lambda: usual(data, ran))
+            return usual(data, ran)
+
+        def usual(data, ran):
+            if self.every <= 1 or self._digest_every == 1:
                 return step(data)
-            observed = tf.equal((first + tf.cast(ran, tf.int64)) % self.every, 0)
-            return tf.cond(observed, lambda: self._observed(data), lambda: self._plain(data))
+            return tf.cond(due(self.every, ran), lambda: self._observed(data), lambda: self._plain(data))
 
         def body(ran, more, logs, rows):
-            keep = (logs, tf.zeros([self._width], tf.float64))
+            keep = (logs, tf.zeros([self._row], tf.float64))
             more, logs, row = one(ran, lambda data: train(data, ran), keep)
-            if self.every:
+            if keeping:
                 rows = rows.write(ran, row)
             return ran + tf.cast(more, tf.int32), more, logs, rows
 
@@ -233,11 +269,16 @@ class Step:
             if not batch.has_value():
                 break
             observed = self.every and number % self.every == 0
-            logs, vector = (self._observed if observed else self._plain)(_without_optionals(batch.get_value()))
+            step = self._observed if observed else self._plain
+            if self._digest_every and number % self._digest_every == 0:
+                step = self._digested
+            logs, vector = step(_without_optionals(batch.get_value()))
             if observed and self.unseen:
                 self._see_nothing()
             vectors.append(vector)
-        return Outcome(len(vectors), logs, tf.stack(vectors) if self.every and vectors else None)
+        if not vectors or not (self.every or self._digest_every):
+            return Outcome(len(vectors), logs, None)
+        return self._outcome(len(vectors), logs, tf.stack(vectors))
 
 
 def _function(python_function, **options):

@@ -97,10 +97,15 @@ def can_digest(tensor: Any) -> bool:
     """Whether it is a dense tensor of numbers or truth values."""
     dtype = getattr(tensor, "dtype", None)
     dense = isinstance(tensor, (tf.Tensor, tf.Variable, keras.Variable))
-    return dense and _WORD % (tf.as_dtype(dtype).size or _WORD + 1) == 0 and tf.as_dtype(dtype) not in _NO_NUMBERS
+    return dense and tf.as_dtype(dtype) in _NUMBERS
 
 
-_NO_NUMBERS = (tf.string, tf.resource, tf.variant)
+_NUMBERS = frozenset(
+    (
+        *(tf.float16, tf.bfloat16, tf.float32, tf.float64, tf.complex64, tf.complex128, tf.bool),
+        *(tf.int8, tf.int16, tf.int32, tf.int64, tf.uint8, tf.uint16, tf.uint32, tf.uint64),
+    )
+)
 
 
 def _words(tensor: tf.Tensor) -> tf.Tensor:
@@ -110,8 +115,8 @@ def _words(tensor: tf.Tensor) -> tf.Tensor:
         x = tf.cast(x, tf.uint8)
     elif x.dtype in (tf.int32, tf.uint32):
         x = tf.bitcast(x, tf.float32)  # before anything else: see the module's docstring
-    elif x.dtype == tf.complex64:
-        x = tf.bitcast(x, tf.int64)
+    elif x.dtype.is_complex:
+        x = tf.stack([tf.math.real(x), tf.math.imag(x)], axis=-1)  # XLA does not bitcast complex numbers
     elif x.dtype in (tf.int16, tf.uint16):
         x = tf.bitcast(x, tf.float16)
     elif x.dtype == tf.int8:
@@ -179,7 +184,7 @@ class Collector:
         for path, leaf in keras.tree.flatten_with_path(data):
             parts = tf.nest.flatten(leaf, expand_composites=True)
             for i, part in enumerate(parts):
-                self._add("batch", "/".join(map(str, path)) + (f".{i}" if len(parts) > 1 else ""), part)
+                self._add("batch", _place(data, path) + (f".{i}" if len(parts) > 1 else ""), part)
         for name, state in random_states(model):
             self._add("random state", name, doors.raw(state))
         with contextlib.ExitStack() as stack:
@@ -225,8 +230,8 @@ class Collector:
             outputs = call(*args, **kwargs)
             leaves = keras.tree.flatten_with_path(outputs)
             for path, leaf in leaves:
-                where = "/".join(map(str, path))
-                self._add("layer output", f"{layer.path}.{where}" if len(leaves) > 1 else layer.path, leaf)
+                where = "." + "/".join(map(str, path)) if len(leaves) > 1 else ""
+                self._add("layer output", f"{getattr(layer, 'path', None) or layer.name}{where}", leaf)
             return outputs
 
         return watched
@@ -250,6 +255,13 @@ class Collector:
             return apply(grads, trainable_variables)
 
         return watched
+
+
+def _place(data: Any, path: tuple) -> str:
+    """Where in a batch a tensor is: "x", "y", "x/tokens", "sample_weight"."""
+    if not isinstance(data, (tuple, list)) or len(data) > 3:
+        return "/".join(map(str, path)) or "x"
+    return "/".join([("x", "y", "sample_weight")[int(path[0])], *map(str, path[1:])])
 
 
 def random_states(model: keras.Model) -> list[tuple[str, Any]]:

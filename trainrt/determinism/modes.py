@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -217,13 +218,16 @@ def _may_have_jit() -> bool:
 # ------------------------------------------------------------------------------------------- what the bits depend on
 
 
-def passport(mode: Mode, known: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def passport(
+    mode: Mode, model: keras.Model, known: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
     """What goes into the passport of a run: the mode, and a fingerprint of all that its bits depend on.
 
     Two runs of the same fingerprint have the same bits, as far as their data is arrays (`data_digest` is None for what
     is read from a pipeline; digests of the batches tell then).
 
     Args:
+      model: The model that trains.
       known: The passport so far.
       arguments: The arguments of `fit`.
     """
@@ -235,6 +239,7 @@ def passport(mode: Mode, known: Mapping[str, Any], arguments: Mapping[str, Any])
         "hash_seed": os.environ.get("PYTHONHASHSEED"),
         "cores": _cores(),
         "onednn": os.environ.get("TF_ENABLE_ONEDNN_OPTS", "default"),
+        "model_config": _config_digest(model),
     }
     if mode.enforced:
         result["data_digest"] = data_digest([arguments.get(name) for name in ("x", "y", "sample_weight")])
@@ -246,6 +251,15 @@ def fingerprint(environment: Mapping[str, Any]) -> str:
     """16 hexadecimal digits over all that the bits of a run depend on."""
     text = json.dumps(depends_on(environment), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _config_digest(model: keras.Model) -> str | None:
+    """A digest of the model's configuration; None for a model without, such as most subclasses."""
+    try:
+        text = json.dumps(model.get_config(), sort_keys=True, default=str)
+    except Exception:
+        return None
+    return hashlib.sha256(re.sub(r"0x[0-9a-fA-F]+", "", text).encode()).hexdigest()[:16]
 
 
 def data_digest(data: Any) -> str | None:

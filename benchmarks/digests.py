@@ -1,0 +1,67 @@
+"""What digests cost: a fit with them against the same fit without, on a workload of benchmarks/step.py.
+
+    python benchmarks/digests.py [--workloads cnn ...] [--rounds 9] [--steps 400]
+
+Each round trains every mode once, in an order that is shuffled anew; printed is the median over rounds of that round's
+ratio to `digests=False`, with the smallest and largest. `default` digests all variables after 1, 2, 4, ..., 1024 steps,
+then after every 1024th, and at the end of each epoch; the numbers digest all stages inside every n-th step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+from step import WORKLOADS  # the file beside this one
+
+import trainrt
+
+MODES: dict[str, bool | int] = {"off": False, "default": True, "100": 100, "10": 10, "1": 1}
+
+
+def measure(name: str, rounds: int, steps: int, modes: list[str]) -> dict[str, list[float]]:
+    """Mode -> a ratio to `off` for each round."""
+    workload = WORKLOADS[name]
+    x, y = workload.data(np.random.default_rng(0), workload.batch * steps)
+    few = workload.batch * 4
+    models = {}
+    for mode in modes:
+        keras.utils.set_random_seed(0)
+        models[mode] = workload.build()
+        models[mode].compile("adam", "sparse_categorical_crossentropy")
+        trainrt.fit(models[mode], x[:few], y[:few], batch_size=workload.batch, verbose=0, clip=1.0, digests=MODES[mode])
+    ratios: dict[str, list[float]] = {mode: [] for mode in modes}
+    for _ in range(rounds):
+        took = {}
+        for mode in random.sample(modes, len(modes)):
+            begun = time.perf_counter()
+            trainrt.fit(models[mode], x, y, batch_size=workload.batch, verbose=0, clip=1.0, digests=MODES[mode])
+            took[mode] = time.perf_counter() - begun
+        for mode in modes:
+            ratios[mode].append(took[mode] / took["off"])
+    return ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["cnn"])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=400)
+    options = parser.parse_args()
+    modes = list(dict.fromkeys(["off", *options.modes]))
+    for name in options.workloads:
+        for mode, ratios in measure(name, options.rounds, options.steps, modes).items():
+            median = statistics.median(ratios)
+            print(f"{name:12} {mode:8} {median:6.3f}  ({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
