@@ -218,9 +218,7 @@ def _may_have_jit() -> bool:
 # ------------------------------------------------------------------------------------------- what the bits depend on
 
 
-def passport(
-    mode: Mode, model: keras.Model, known: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> dict[str, Any]:
+def passport(mode: Mode, model: keras.Model, known: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into the passport of a run: the mode, and a fingerprint of all that its bits depend on.
 
     Two runs of the same fingerprint have the same bits, as far as their data is arrays (`data_digest` is None for what
