@@ -166,6 +166,7 @@ def test_two_runs_are_compared_on_the_same_steps(tab, server, logdir):
     page.after(lambda: page.frame.get_by_label("Compare with").select_option(name))
     assert "The losses first differ at step" in page.text("#compare-title >> xpath=../../p")
     assert "clip" in page.text("ol[aria-label='Explanations, likeliest first'] li >> nth=0")
+    assert f"differs from {name} (GOOD)" in page.text("#compare-title >> xpath=../..")
     assert "fit.clip" in page.text("section table")
     assert page.frame.locator("section:has(#compare-title) canvas").count() == 3
     page.keep("comparison")

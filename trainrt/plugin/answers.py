@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from trainrt.comparison.ranking import LIKELY, contrast
-from trainrt.findings import Finding
+from trainrt.findings import SEVERITIES, Finding
+from trainrt.findings.series import loss_trend
 from trainrt.plugin import summary, tables, wire
 from trainrt.run import Run
 
@@ -150,19 +152,30 @@ def scalar_lines(kept: tables.Tables, cut: tables.Columns) -> bytes:
 
 
 def compared(left: Run, right: Run, *findings: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page says of two runs, the left one taken as the good one: `ranked` is what `trainrt compare` ranks."""
+    """What the page says of two runs: `ranked` is what `trainrt compare` ranks, `good` which one it takes as good, the
+    one with fewer faults or the lower loss: who looks at a bad run sets the good one beside it."""
     found = [[Finding.from_dict(each) for each in some] for some in findings]
-    told = contrast([left], right, *found).to_dict()
+    swapped = _faults(right, found[1]) < _faults(left, found[0])
+    pair = [(left, found[0]), (right, found[1])][:: -1 if swapped else 1]
+    told = contrast([pair[0][0]], pair[1][0], pair[0][1], pair[1][1]).to_dict()
     likely = [each for each in told["differences"] if each["likelihood"] >= LIKELY]
     fields = ("name", "good", "bad", "likelihood", "message", "support", "advice")
     return {
         "passport": summary.differences(left.environment, right.environment),
+        "good": "versus" if swapped else "run",
         "ranked": [{name: each[name] for name in fields} for each in likely],
         "verdict": told["verdict"],
         "start": told["start"]["message"],
         "departures": [each["message"] for each in told["departures"][:5]],
         **divergence(left, right),
     }
+
+
+def _faults(run: Run, findings: list[Finding]) -> tuple[int, float]:
+    """Sorts runs, the better one first."""
+    worst = max((SEVERITIES.index(each.severity) for each in findings), default=0)
+    last = loss_trend(run).last if len(run) else math.nan
+    return worst, last if math.isfinite(last) else math.inf
 
 
 def divergence(left: Run, right: Run) -> dict[str, Any]:

@@ -57,16 +57,17 @@ function sentence(told) {
 }
 
 // What likely explains that the other run did not do what this one did, and where it left this one's band.
-function explanations(told, mine, theirs) {
+function explanations(told, run, versus) {
+  const [good, bad] = told.good === 'run' ? [run, versus] : [versus, run];
   const likely = told.ranked.map((d) => el('li', {},
     el('p', {}, el('b', {}, d.name), ` ${d.good} → ${d.bad} `, el('span', { class: 'share' }, `${Math.round(100 * d.likelihood)} % likely`)),
     el('p', {}, [d.message, ...d.support].filter(Boolean).join(' ')),
     ...d.advice.map((line) => el('p', { class: 'try' }, el('b', {}, 'Try'), line))));
   return [
-    el('h3', {}, likely.length ? `What most likely explains that ${theirs} differs from ${mine}` : told.verdict),
+    el('h3', {}, likely.length ? `What most likely explains that ${bad} (BAD) differs from ${good} (GOOD)` : told.verdict),
     likely.length ? el('ol', { 'aria-label': 'Explanations, likeliest first' }, ...likely) : '',
     el('p', {}, told.start),
-    told.departures.length ? el('p', {}, `${theirs} leaves the band in which ${mine} moves: ${told.departures.join('; ')}.`) : '',
+    told.departures.length ? el('p', {}, `BAD leaves the band in which GOOD moves: ${told.departures.join('; ')}.`) : '',
   ];
 }
 
