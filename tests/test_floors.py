@@ -21,7 +21,7 @@ FLOORS = (
     {"recorder", "arguments"},
     {"journal"},
     {"loop"},
-    {"plugin", "demo"},
+    {"plugin", "demo", "doctor"},
     {"report_html"},
     {"cli"},
     {"__main__"},

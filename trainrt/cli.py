@@ -1,4 +1,4 @@
-"""The command line: `trainrt report`, `compare`, `explain`, `demo`, `kernels`.
+"""The command line: `trainrt report`, `compare`, `explain`, `demo`, `doctor`, `kernels`.
 
 Imports are inside the commands, so that each starts as fast as it can; `report`, `compare` and `explain` need
 no TensorFlow.
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-      The exit status: 0, 2 when the input is bad, 130 after Ctrl-C.
+      The exit status: 0, 2 when the input is bad, 130 after Ctrl-C; that of `doctor` is told in its module.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -78,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--logdir", type=Path, default=Path("trainrt-demo"), help="where to write (%(default)s)")
     demo.add_argument("--epochs", type=_positive, default=None, help="epochs of each run")
     demo.set_defaults(command=_demo)
+
+    doctor = commands.add_parser("doctor", help="say what this machine has, which paths are taken, what to install")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--require", choices=("gpu", "kernels"), action="append", default=[],
+                        help="exit with 2 where it is missing; may be repeated")  # fmt: skip
+    doctor.set_defaults(command=_doctor)
 
     kernels = commands.add_parser("kernels", help="build the native kernels ahead, see where they stand, remove them")
     kernels.add_argument("action", choices=("build", "status", "clean"))
@@ -199,6 +205,13 @@ def _kernels(options: argparse.Namespace) -> int:
     _say(f"compiler  {status.compiler or 'none found'}")
     _say(f"flags     {' '.join(status.flags)}")
     return 0 if status.path else 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from trainrt import doctor
+
+    return doctor.run(options.json, options.require)
 
 
 def _explain(options: argparse.Namespace) -> int:
