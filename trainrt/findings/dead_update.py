@@ -235,6 +235,19 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
                 "inputs seem to carry nothing",
                 ("Look at the inputs: x.min(), x.max(), x.std(axis=0). Are they all zero, or of one sign and huge?",),
             )
+    kind = _activation(view.run, layer)
+    if kind in ("sigmoid", "tanh", "hard_sigmoid", "softmax", "softsign"):
+        return _Reason(
+            "saturated",
+            ("saturated_activation", "bad_init", "lr_too_high"),
+            0.8,
+            "error",
+            f"the gradient is exactly zero behind a {kind}: it is saturated, flat to the last bit",
+            (
+                "Look at the start of its kernel and bias: kernel_initializer='glorot_uniform', bias_initializer='zeros'.",
+                "Scale the inputs to about -1..1, or use activation='relu' in hidden layers.",
+            ),
+        )
     thrown = _thrown(view, t)
     if thrown > THROWN:
         return _Reason(
@@ -270,6 +283,12 @@ def _thrown(view: _View, t: int) -> float:
     ratio = kernel_ratio(view.update[: t + 1, matrices], view.weight[: t + 1, matrices])
     known = ratio[np.isfinite(ratio)]
     return float(known.max()) if len(known) else 0.0
+
+
+def _activation(run: Run, path: str) -> str:
+    """Activation of the layer of that path, "" where it is not known."""
+    known = (layer["config"].get("activation") for layer in program.layers(run) if layer["name"] == path)
+    return next((kind for kind in known if isinstance(kind, str)), "")
 
 
 def _rate(view: _View, t: int) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainrt.run import Run
 
@@ -113,3 +113,57 @@ def leaves(run: Run, role: str, name: str = "train") -> list[dict[str, Any]]:
     """The tensors of a role, `"inputs"`, `"targets"` or `"weights"`, on one side of the data passport."""
     found = side(run, name).get(role)
     return [leaf for leaf in found or [] if isinstance(leaf, dict)]
+
+
+class Head(NamedTuple):
+    """The end of a model with one output and one loss.
+
+    Attributes:
+      layer: Path or name of the output layer.
+      activation: `"softmax"`, `"linear"`...; "" where it is not known.
+      units: Size of the last axis; 0 where it is not known.
+      loss: Name of the loss in snake case.
+      logits: Whether the loss expects logits; None: not known, or it has no such choice.
+      axis: Axis of its softmax; -1 where nothing else is known.
+    """
+
+    layer: str
+    activation: str
+    units: int
+    loss: str
+    logits: bool | None
+    axis: int
+
+
+def head(run: Run) -> Head | None:
+    """The end of the model, from the document "model" where there is one, else from the layers' configurations."""
+    known = run.document("model")
+    outputs, losses = known.get("outputs") or [], known.get("losses") or []
+    if len(outputs) == 1 and len(losses) == 1 and isinstance(outputs[0], Mapping) and isinstance(losses[0], Mapping):
+        one, loss = outputs[0], losses[0]
+        axis = one.get("softmax_axis")
+        rank = len(one.get("shape") or ())
+        axis = axis - rank if isinstance(axis, int) and axis >= 0 and rank else axis
+        logits = loss.get("from_logits")
+        name = loss_name(run) if not loss.get("custom") else ""
+        return Head(
+            str(one.get("layer") or ""),
+            str(one.get("activation") or ""),
+            int(one.get("units") or 0),
+            name,
+            bool(logits) if logits is not None else None,
+            axis if isinstance(axis, int) else -1,
+        )
+    with_units = [layer for layer in layers(run) if layer["class"] not in PASSIVE]
+    if not with_units or not loss_name(run):
+        return None
+    last = with_units[-1]
+    config = last["config"]
+    activation = config.get("activation", "")
+    if last["class"] in ("Softmax", "ReLU"):
+        activation = last["class"].lower()
+    units = config.get("units") or (with_units[-2]["config"].get("units") if len(with_units) > 1 else 0) or 0
+    raw = ((run.environment or {}).get("compile") or {}).get("loss")
+    logits = False if isinstance(raw, str) and raw == raw.lower() else None
+    name = activation if isinstance(activation, str) else ""
+    return Head(last["name"], name, int(units) if isinstance(units, int) else 0, loss_name(run), logits, -1)

@@ -1,0 +1,381 @@
+"""Output, loss and labels that do not belong together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trainrt.findings import program
+from trainrt.findings.finding import Finding
+from trainrt.findings.outcome import outcome
+from trainrt.findings.rules import about, rule
+from trainrt.run import Run
+
+LEARNT = 0.8
+"""Skill from which on a contradiction is told as an info: Keras clips and normalises, and some of them still learn."""
+POOR = 0.75
+CATEGORICAL = ("categorical_crossentropy", "sparse_categorical_crossentropy", "categorical_focal_crossentropy")
+BINARY = ("binary_crossentropy", "binary_focal_crossentropy")
+DIFFERENCES = (
+    "mean_squared_error",
+    "mean_absolute_error",
+    "huber",
+    "huber_loss",
+    "log_cosh",
+    "mean_squared_logarithmic_error",
+)
+RANGE = {
+    "sigmoid": (0.0, 1.0),
+    "hard_sigmoid": (0.0, 1.0),
+    "softmax": (0.0, 1.0),
+    "tanh": (-1.0, 1.0),
+    "relu": (0.0, math.inf),
+    "relu6": (0.0, 6.0),
+    "softplus": (0.0, math.inf),
+    "exponential": (0.0, math.inf),
+}
+"""What an activation can put out."""
+MARGIN = 0.05
+
+
+@rule
+def output_contradicts_loss(run: Run) -> Iterator[Finding]:
+    """An output activation that is not what the loss expects.
+
+    Means:   a softmax over one unit, which is always 1; a cross-entropy of probabilities on an output that is none; one
+             that expects logits on a softmax or sigmoid; a ReLU in front of either; a softmax over another axis than
+             the classes.
+    Matters: the gradients are wrong or zero. Keras clips and normalises silently, so that the loss looks sane.
+    Try:     no activation and from_logits=True, or softmax (one class of many), sigmoid (yes or no) without it.
+    Source:  exact; UMLAUT and AUTOTRAINER have forms of it.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> layers = [{"name": "out", "class": "Dense", "config": {"units": 1, "activation": "softmax"}}]
+    >>> [finding.causes[0] for finding in output_contradicts_loss(stuck(layers=layers))]
+    ['wrong_output_activation']
+    >>> layers = [{"name": "out", "class": "Dense", "config": {"units": 1, "activation": "sigmoid"}}]
+    >>> list(output_contradicts_loss(stuck(layers=layers)))
+    []
+    """
+    head = program.head(run)
+    if head is None:
+        return
+    said = _contradiction(head)
+    if said is None:
+        return
+    causes, message, advice, certain = said
+    learnt = outcome(run).settled and outcome(run).skill >= LEARNT
+    yield about(
+        run,
+        "output_contradicts_loss",
+        "info" if learnt and not certain else "error",
+        0.97 if certain else 0.96,
+        causes,
+        message,
+        {"activation": head.activation, "units": head.units, "loss": head.loss, "from_logits": head.logits},
+        advice,
+        where=(head.layer,) if head.layer else (),
+    )
+
+
+def _contradiction(head: program.Head) -> tuple[tuple[str, ...], str, tuple[str, ...], bool] | None:
+    """Causes, message, advice, and whether nothing can be learnt at all."""
+    name, loss, logits = head.activation, head.loss, head.logits
+    if name == "softmax" and head.units == 1:
+        return (
+            ("wrong_output_activation", "output_units"),
+            "The output is a softmax over one unit, which is 1 whatever comes in.",
+            ("keras.layers.Dense(1, activation='sigmoid') with binary_crossentropy.",),
+            True,
+        )
+    if name == "softmax" and head.axis != -1:
+        return (
+            ("wrong_softmax_axis", "wrong_output_activation"),
+            f"The softmax runs over axis {head.axis}, not over the classes.",
+            ("keras.layers.Softmax(axis=-1).",),
+            False,
+        )
+    if loss == "categorical_crossentropy" and head.units == 1:
+        return (
+            ("wrong_loss", "output_units"),
+            "Categorical cross-entropy on one unit: Keras normalises the outputs of a sample to sum to 1, "
+            "so the one is "
+            "always 1, and loss and gradient are zero.",
+            ("Yes or no: loss='binary_crossentropy' with a sigmoid. A number: loss='mean_squared_error'.",),
+            True,
+        )
+    if loss not in CATEGORICAL + BINARY or not name:
+        return None
+    many = loss in CATEGORICAL
+    usual = "softmax" if many else "sigmoid"
+    if name in ("relu", "elu", "selu", "leaky_relu", "gelu", "relu6"):
+        return (
+            ("wrong_output_activation", "missing_softmax" if many else "dying_relu"),
+            f"The output goes through {name!r} before {loss}: what is negative is lost, with its gradient.",
+            (f"Dense({head.units}) with from_logits=True, or Dense({head.units}, activation={usual!r}) without it.",),
+            False,
+        )
+    if logits is True and name in ("softmax", "sigmoid"):
+        return (
+            ("double_softmax" if name == "softmax" else "wrong_output_activation", "wrong_loss"),
+            f"The loss expects logits (from_logits=True) and the output is a {name} already: it is applied twice.",
+            ("Remove the activation of the last layer, or from_logits=True.",),
+            False,
+        )
+    if logits is False and name in ("linear", "tanh"):
+        first = (
+            ("missing_softmax", "wrong_output_activation") if many else ("wrong_output_activation", "missing_softmax")
+        )
+        return (
+            (*first, "wrong_loss"),
+            f"{loss} expects probabilities and gets {'logits' if name == 'linear' else 'a tanh'}: Keras "
+            "clips them to 0..1.",
+            (f"loss=keras.losses.{_class(loss)}(from_logits=True), or activation={usual!r} on the last layer.",),
+            False,
+        )
+    if logits is not True and name == "sigmoid" and many and head.units > 1:
+        return (
+            ("wrong_output_activation", "missing_softmax"),
+            f"{loss} expects the shares of classes that exclude each other, and gets {head.units} sigmoids, "
+            "which do not.",
+            ("activation='softmax' on the last layer; or binary_crossentropy, if a sample may be of several classes.",),
+            False,
+        )
+    return None
+
+
+@rule
+def labels_contradict_loss(run: Run) -> Iterator[Finding]:
+    """Labels that the loss is not made for.
+
+    Means:   labels outside 0..1 under a binary cross-entropy; a class number as large as the number of outputs; rows of
+             several ones, or of numbers, under a categorical cross-entropy.
+    Matters: the loss has no lower bound, goes negative, or is NaN; or it asks for shares of classes that sum to 1 where
+             the targets do not.
+    Try:     classes 0..n-1 with n outputs; -1/+1 as 0/1; several classes at once as sigmoids with binary_crossentropy.
+    Source:  exact: the extremes are of every batch that was fed.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> layers = [{"name": "out", "class": "Dense", "config": {"units": 1, "activation": "sigmoid"}}]
+    >>> both = {"min": -1.0, "max": 1.0, "labels": {"kind": "integer", "classes": 2, "counts": {"-1": 9, "1": 9}}}
+    >>> [finding.causes[0] for finding in labels_contradict_loss(stuck(layers=layers, targets=both))]
+    ['label_range']
+    >>> list(labels_contradict_loss(stuck(layers=layers)))
+    []
+    """
+    head, targets = program.head(run), program.leaves(run, "targets")
+    if head is None or len(targets) != 1:
+        return
+    said = _misfit(head, targets[0])
+    if said is None:
+        return
+    causes, message, advice = said
+    yield about(
+        run,
+        "labels_contradict_loss",
+        "error",
+        0.97,
+        causes,
+        message,
+        {"min": targets[0].get("min"), "max": targets[0].get("max"), "loss": head.loss, "units": head.units},
+        advice,
+        where=(head.layer,) if head.layer else (),
+    )
+
+
+def _misfit(head: program.Head, target: Mapping[str, Any]) -> tuple[tuple[str, ...], str, tuple[str, ...]] | None:
+    low, high = program.number(target.get("min")), program.number(target.get("max"))
+    labels = target.get("labels") or {}
+    classes, kind = labels.get("classes") or 0, labels.get("kind")
+    span = f"{low:.4g} to {high:.4g}"
+    if head.loss in BINARY and (low < 0 or high > 1):
+        if kind == "integer" and classes == 2:
+            return (
+                ("label_range", "wrong_loss", "labels_wrong"),
+                f"The labels are {low:g} and {high:g}, and a binary cross-entropy takes 0 and 1: it has no "
+                "lower bound here.",
+                (f"y = (y == {high:g}).astype('float32').",),
+            )
+        if kind == "integer" and classes <= 50 and head.units == 1:
+            return (
+                ("output_units", "label_range", "wrong_loss"),
+                f"{classes} classes, {span}, on one sigmoid with a binary cross-entropy, which takes 0 and 1.",
+                (f"Dense({int(high) + 1}, activation='softmax') with loss='sparse_categorical_crossentropy'.",),
+            )
+        return (
+            ("wrong_loss", "label_range", "targets_unnormalised"),
+            f"The targets reach from {span}, and a binary cross-entropy takes 0 to 1: it has no lower bound here.",
+            ("A number: loss='mean_squared_error' and no activation on the last layer.",),
+        )
+    if head.loss == "sparse_categorical_crossentropy" and head.units > 1 and (low < 0 or high >= head.units):
+        return (
+            ("label_range", "output_units"),
+            f"Labels of {span} for {head.units} outputs: a class number must be under the number of outputs.",
+            (f"Dense({int(high) + 1}) at the end, or labels from 0: y = y - {low:g}.",),
+        )
+    if head.loss == "categorical_crossentropy" and head.units > 1 and kind != "one_hot":
+        mean = target.get("mean")
+        total = (
+            sum(v for v in mean if v is not None) if isinstance(mean, list) and len(mean) == head.units else math.nan
+        )
+        if low < 0 or high > 1:
+            return (
+                ("wrong_loss", "label_range"),
+                f"The targets reach from {span}, and a categorical cross-entropy takes shares of classes "
+                "that sum to 1.",
+                ("Numbers: loss='mean_squared_error' and no activation on the last layer.",),
+            )
+        if abs(total - 1) > MARGIN:
+            return (
+                ("wrong_output_activation", "wrong_loss"),
+                f"A sample may be of several classes or of none (the targets of a row sum to {total:.2f} on "
+                "average), and a "
+                "softmax with categorical cross-entropy shares out exactly 1.",
+                (f"Dense({head.units}, activation='sigmoid') with loss='binary_crossentropy'.",),
+            )
+    return None
+
+
+@rule
+def output_out_of_reach(run: Run) -> Iterator[Finding]:
+    """Targets that the output activation cannot reach.
+
+    Means:   a loss of differences, and a good part of the targets (beyond the 1st or 99th percentile, or one deviation
+             from the mean) outside of what the activation can put out; and the model did not learn all the same.
+    Matters: what is out of reach saturates the output, or kills it: a ReLU that should be negative has no gradient.
+    Try:     no activation on the last layer of a regression.
+    Source:  exact for the range; DeepDiagnosis's "out of range" compares the same, without the outcome.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> layers = [{"name": "out", "class": "Dense", "config": {"units": 1, "activation": "relu"}}]
+    >>> both = {"min": -2.0, "max": 2.0, "mean": [0.0], "std": [1.0], "labels": {"kind": "continuous"}}
+    >>> run = stuck(layers=layers, targets=both, loss="mean_squared_error")
+    >>> [finding.causes[0] for finding in output_out_of_reach(run)]
+    ['wrong_output_activation']
+    >>> list(output_out_of_reach(stuck(layers=layers, targets=both | {"mean": [5.0]}, loss="mean_squared_error")))
+    []
+    """
+    head, targets = program.head(run), program.leaves(run, "targets")
+    if head is None or len(targets) != 1 or head.loss not in DIFFERENCES or head.activation not in RANGE:
+        return
+    low, high = RANGE[head.activation]
+    quantiles = (targets[0].get("labels") or {}).get("quantiles") or {}
+    mean, spread = targets[0].get("mean"), targets[0].get("std")
+    least, most = program.number(quantiles.get("0.01")), program.number(quantiles.get("0.99"))
+    if math.isnan(least) and isinstance(mean, list) and isinstance(spread, list):
+        sides = [(m - s, m + s) for m, s in zip(mean, spread, strict=False) if m is not None and s is not None]
+        least, most = min((a for a, _ in sides), default=math.nan), max((b for _, b in sides), default=math.nan)
+        # Between the extremes that were seen.
+        least = max(least, program.number(targets[0].get("min")))
+        most = min(most, program.number(targets[0].get("max")))
+    room = MARGIN * max(abs(most - least), 1e-12)
+    if not (least < low - room or most > high + room):
+        return
+    ended = outcome(run)
+    learnt = ended.settled and ended.skill >= 0.9
+    span = f"{low:g} to {high:g}" if math.isfinite(high) else f"{low:g} and above"
+    yield about(
+        run,
+        "output_out_of_reach",
+        "info" if learnt else "error",
+        0.95,
+        ("wrong_output_activation", "targets_unnormalised"),
+        f"The output's {head.activation} puts out {span}, and the targets reach from {targets[0].get('min'):.4g} to "
+        f"{targets[0].get('max'):.4g}: those outside cannot be learnt.",
+        {"range": [low, high], "targets": [least, most], "activation": head.activation},
+        (f"No activation at the end: keras.layers.Dense({head.units or 'n'}).", "Or scale the targets into its range."),
+        where=(head.layer,) if head.layer else (),
+    )
+
+
+@rule
+def frozen(run: Run) -> Iterator[Finding]:
+    """Layers that were left frozen.
+
+    Means:   layers with weights are not trainable, and the model learnt little.
+    Matters: what is frozen must have learnt before; frozen at a random start it only scatters the inputs.
+    Try:     layer.trainable = True, then compile again; freeze only what has loaded weights.
+    Source:  exact; frozen layers of a model that learns well are transfer learning, and nobody's business.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> layers = [{"name": "a", "class": "Dense", "parameters": 900, "trainable": False, "config": {"units": 9}}]
+    >>> [finding.causes[0] for finding in frozen(stuck(layers=layers))]
+    ['frozen_layers']
+    >>> list(frozen(learning(layers=layers)))
+    []
+    """
+    with_weights = [layer for layer in program.layers(run) if layer.get("parameters")]
+    with_weights = [
+        layer for layer in with_weights if layer["class"] not in ("Functional", "Sequential", "Normalization")
+    ]
+    still = [layer for layer in with_weights if layer.get("trainable") is False]
+    if not still or not outcome(run).poor(POOR):
+        return
+    names = tuple(layer["name"] for layer in still)
+    share = sum(layer["parameters"] for layer in still) / max(sum(layer["parameters"] for layer in with_weights), 1)
+    yield about(
+        run,
+        "frozen",
+        "error",
+        0.9,
+        ("frozen_layers", "capacity"),
+        f"{len(still)} of {len(with_weights)} layers with weights are frozen ({share:.0%} of the "
+        "parameters), and the model "
+        f"learnt little (skill {outcome(run).skill:.2f}).",
+        {"share": share, "skill": outcome(run).skill},
+        (f"model.get_layer({names[0].rpartition('/')[2]!r}).trainable = True, then model.compile(...) again.",),
+        where=names,
+    )
+
+
+@rule
+def no_hidden_activation(run: Run) -> Iterator[Finding]:
+    """Hidden layers without an activation: a stack of matrices is one matrix.
+
+    Means:   every hidden dense or convolution layer is linear, nothing between them bends, and the model learnt little.
+    Matters: however deep, the model is a linear one.
+    Try:     activation='relu' in the hidden layers.
+    Source:  UMLAUT's missing activation, which warns of any linear layer.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> stack = [("a", 64, "linear"), ("b", 32, "linear"), ("out", 1, "sigmoid")]
+    >>> layers = [{"name": n, "class": "Dense", "config": {"units": u, "activation": a}} for n, u, a in stack]
+    >>> [finding.causes[0] for finding in no_hidden_activation(stuck(layers=layers))]
+    ['missing_activation']
+    >>> list(no_hidden_activation(learning(layers=layers)))
+    []
+    """
+    linear: list[str] = []
+    known = program.layers(run)
+    if not known or not outcome(run).poor(POOR):
+        return
+    body = [layer for layer in known if layer["class"] not in program.PASSIVE]
+    for layer in body[:-1]:
+        if layer["class"] in ("Dense", "Conv1D", "Conv2D", "Conv3D", "SeparableConv2D", "EinsumDense"):
+            if layer["config"].get("activation", "linear") != "linear":
+                return
+            linear.append(layer["name"])
+        elif layer["class"] not in (*program.NORMALISERS, *program.LOOKUPS, "Lambda", "Add", "Concatenate"):
+            return  # pools, activations, recurrent and own layers bend, or may
+    if len(linear) < 1 or len(body) < 2 or "Dense" not in body[-1]["class"]:
+        return
+    yield about(
+        run,
+        "no_hidden_activation",
+        "error",
+        0.85,
+        ("missing_activation", "capacity"),
+        f"No hidden layer has an activation ({len(linear)} of them are linear): together they are one linear layer.",
+        {"linear": linear},
+        ("Give each hidden layer one: keras.layers.Dense(64, activation='relu').",),
+        where=tuple(linear),
+    )
+
+
+def _class(loss: str) -> str:
+    """
+    >>> _class("sparse_categorical_crossentropy")
+    'SparseCategoricalCrossentropy'
+    """
+    return "".join(part.capitalize() for part in loss.split("_"))
