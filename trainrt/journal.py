@@ -131,9 +131,11 @@ class Journal(contextlib.AbstractContextManager):
         assert recorder is not None
         self._tell_data()
         recorder.drain()
-        run = self._memory.run()
-        self.findings = diagnose(run) if run is not None and len(run) else []
         end = {**self._end, "step": self._last_step, "wall_time": time.time(), "weights_digest": self._weights()}
+        run = self._memory.run()
+        if run is not None:
+            run.end = end  # what came of a run is judged when it is over
+        self.findings = diagnose(run) if run is not None and len(run) else []
         recorder.close([finding.to_dict() for finding in self.findings], end)
         self.run = self._memory.run()
 

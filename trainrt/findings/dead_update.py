@@ -244,7 +244,7 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
             "error",
             f"the gradient is exactly zero behind a {kind}: it is saturated, flat to the last bit",
             (
-                "Look at the start of its kernel and bias: kernel_initializer='glorot_uniform', bias_initializer='zeros'.",
+                "Look at its start: kernel_initializer='glorot_uniform', bias_initializer='zeros'.",
                 "Scale the inputs to about -1..1, or use activation='relu' in hidden layers.",
             ),
         )

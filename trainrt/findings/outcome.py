@@ -27,6 +27,7 @@ NAN = float("nan")
 ACCURACIES = ("accuracy", "acc", "categorical_accuracy", "sparse_categorical_accuracy", "binary_accuracy")
 SQUARED = ("mse", "mean_squared_error")
 ABSOLUTE = ("mae", "mean_absolute_error")
+FEW = 3
 HALF = 0.5
 """Share of the epochs asked for after which a run may be judged by how far it came."""
 
@@ -73,7 +74,9 @@ def _outcome(run: Run) -> Outcome:
     data_loss = float(np.nanmean(part[-max(1, len(part) // 5) :])) if np.isfinite(part[-1:]).any() else trend.last
     planned = program.number(program.asked(run, "epochs"))
     done = len(run.epochs)
-    settled = run.end is not None or not planned > 0 or done >= HALF * planned
+    # A run that was interrupted has shown something after a few epochs.
+    over = run.end is not None and (run.end.get("how") in ("finished", "stopped") or done >= FEW)
+    settled = over or not planned > 0 or done >= HALF * planned
     if not done:
         return Outcome(NAN, NAN, NAN, constant_loss(run, "train"), data_loss, settled and run.end is not None, "")
     last = run.epochs[-1].logs
