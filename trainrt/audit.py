@@ -31,6 +31,10 @@ THINNED = 16
 FIRST_DRAFT_S = 30.0
 """A first pass that takes longer is described before it is over, and again whenever twice the time has passed."""
 
+KEPT_ROWS = 256
+KEPT_BYTES = 16 << 20
+"""Most rows that are kept of a data set that is no array, and most bytes of one of its batches."""
+
 _MOST_ARGUMENTS = ("_buffer_size", "_batch_size", "_count", "_num_parallel_calls")
 
 
@@ -117,6 +121,9 @@ class Watched:
         self._arrays: dict[int, tuple] = {}
         self._cached: tuple[tuple, dict] | None = None
         self._lock = threading.Lock()
+        self._kept: list[list[np.ndarray]] = []
+        self._kept_rows = 0
+        self._structure: tuple[Any, list[int]] | None = None
 
     def watch(self, dataset: Any) -> Any:
         """The same elements in the same order; a pass over them is watched, where it is due."""
@@ -151,6 +158,8 @@ class Watched:
 
         def look(*arrays) -> None:
             try:
+                if not number:
+                    self._keep(arrays)
                 seen.see(*arrays)
             except Exception as error:  # a fault of ours must not take the training down
                 self.unseen = f"{type(error).__name__}: {error}"[:500]
@@ -173,12 +182,38 @@ class Watched:
         if not leaves:
             self.unseen = "no dense tensors of numbers"
             return dataset
+        if not number:
+            self._structure = dataset.element_spec, indices
         # A `tf.cond` costs a fit some 40 ms of tracing and optimizing, so it is there only for data that is so long.
         few = 0 <= int(dataset.cardinality()) <= EVERY_BATCH
         tapped = dataset.map(tap_each) if few else dataset.enumerate().map(tap_some)
         self.surveys[number] = seen
         self.watched += 1
         return tapped
+
+    def _keep(self, arrays: Sequence[np.ndarray]) -> None:
+        """Copies the first rows that go by, for `first_rows`."""
+        if self._kept_rows < KEPT_ROWS and sum(a.nbytes for a in arrays) <= KEPT_BYTES:
+            self._kept.append([a[: KEPT_ROWS - self._kept_rows].copy() for a in arrays])
+            self._kept_rows += len(self._kept[-1][0]) if arrays and arrays[0].ndim else KEPT_ROWS
+
+    def first_rows(self) -> Any:
+        """The first rows of the first pass in the structure of a batch, as far as they have gone by.
+
+        None where there are none yet, or something in a batch is no dense tensor of numbers.
+        """
+        if self._structure is None or not self._kept:
+            return None
+        spec, indices = self._structure
+        parts = list(self._kept)
+        columns: dict[int, np.ndarray] = {
+            index: np.concatenate([part[i] for part in parts]) for i, index in enumerate(indices)
+        }
+        flat = tf.nest.flatten(spec)
+        missing = (None.__class__, tf.OptionalSpec)
+        if any(i not in columns and not isinstance(item, missing) for i, item in enumerate(flat)):
+            return None
+        return tf.nest.pack_sequence_as(spec, [columns.get(i) for i in range(len(flat))])
 
     def summary(self) -> dict[str, Any]:
         """What was seen so far."""

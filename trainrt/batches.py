@@ -67,6 +67,12 @@ class Batches:
         arrays = doors.dense_arrays(self._adapter, TOTAL_BYTES, BATCH_BYTES)
         return Resident(*arrays) if arrays else None
 
+    @property
+    def arrays(self) -> tuple[Any, int] | None:
+        """The arrays (x, y, sample_weight) that the loop reads itself, and their rows; None: a pipeline."""
+        source = self._source
+        return (source.arrays, source.samples) if isinstance(source, Resident) else None
+
     def reset(self) -> None:
         self._iterator = None
         self._size = self._adapter.num_batches

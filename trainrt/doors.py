@@ -18,10 +18,13 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `model._get_metrics_result_or_logs`, `model._should_eval` | logs of an epoch, `validation_freq` | 15 lines of our own |
 | `reduce_per_replica` | logs of several replicas to one | `Strategy.reduce` |
 | `model._aggregate_additional_loss` | tells the data loss from `add_loss` and regularisers | a public hook in `compute_loss` |
-| `model._flatten_layers` | every layer at any depth | a public `keras.Layer.layers` for layers too |
 | `global_state`'s seed generator | the state of `keras.random`, for digests | a public name for it |
 | `model._jit_compile` | what `compile` was asked for, before `jit_compile` resolves it; XLA with determinism, which the setter refuses | an argument of `compile` |
-| `model._compile_loss._user_loss` | the loss function in the passport | `model.get_compile_config` |
+| `model._compile_loss` | the loss of some predictions, without regularisers | `compute_loss` less `model.losses` |
+| `model._compile_loss._user_loss`, `model._compile_metrics._user_metrics` | what `compile` was given, for the passport | `model.get_compile_config` |
+| `layer._flatten_layers`, `layer._call_has_training_arg` | every layer at any depth; a forward pass that shows its output | a public `keras.Layer.layers` for layers too |
+| `tensor._keras_history` | which layer makes an output | a public name for it |
+| `context._rng` of TensorFlow | puts TensorFlow's eager random state back after a pass | a public name for it |
 | `optimizer._trainable_variables`, its per-variable lists | pairs slots with weights | public slot names |
 """
 
@@ -46,6 +49,7 @@ from keras.src.backend.common import global_state
 from keras.src.backend.tensorflow import trainer as tf_trainer
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters import array_data_adapter, array_slicing, data_adapter_utils
+from tensorflow.python.eager import context as tf_context
 
 
 def is_trainer(model: Any) -> bool:
@@ -226,6 +230,44 @@ def traced_functions(model: keras.Model) -> list[str]:
 def compiled_loss(model: keras.Model):
     """The `loss` that was given to `compile`, for the passport."""
     return getattr(getattr(model, "_compile_loss", None), "_user_loss", None)
+
+
+def compiled_metrics(model: keras.Model):
+    """The `metrics` that were given to `compile`."""
+    return getattr(getattr(model, "_compile_metrics", None), "_user_metrics", None)
+
+
+def data_loss(model: keras.Model, y, y_pred, sample_weight) -> tf.Tensor:
+    """The compiled loss of some predictions, without regularisers and `add_loss`."""
+    return model._compile_loss(y, y_pred, sample_weight)
+
+
+def layers_inside(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """All layers below a layer, nested ones too; metrics are none."""
+    return list(layer._flatten_layers(include_self=False))
+
+
+def knows_training(layer: keras.layers.Layer) -> bool:
+    """Whether its `call` takes `training`; Keras's train step passes it only then."""
+    return bool(layer._call_has_training_arg)
+
+
+def producer(tensor):
+    """The layer or operation that makes a symbolic output of a functional model; None where Keras does not tell."""
+    return getattr(getattr(tensor, "_keras_history", None), "operation", None)
+
+
+def eager_random_state():
+    """The state of TensorFlow's eager generator of op seeds; None where there is none."""
+    generator = getattr(tf_context.context(), "_rng", None)
+    return None if generator is None else generator.getstate()
+
+
+def set_eager_random_state(state) -> None:
+    """Puts back what `eager_random_state` returned."""
+    generator = getattr(tf_context.context(), "_rng", None)
+    if generator is not None and state is not None:
+        generator.setstate(state)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from trainrt.determinism import modes
 from trainrt.determinism.digests import Digests, Ledger
 from trainrt.journal import Journal, floats
 from trainrt.pace import Pace, listens_to_batches
+from trainrt.probe import Prober
 from trainrt.record import Epoch
 from trainrt.sinks import Sink
 from trainrt.step import Step
@@ -163,6 +164,7 @@ def fit(
                 training.journal.tell()
             if model.stop_training:
                 break
+        training.probe.end(training.step)
         if isinstance(model.optimizer, keras.optimizers.Optimizer) and epochs > 0:
             model.optimizer.finalize_variable_values(model.trainable_weights)
         doors.drop_evaluation_iterator(model)
@@ -216,6 +218,13 @@ class _Training:
         self._surroundings = environment.Surroundings()
         self.ledger = Ledger(request.digests, model, self._write_digests)
         self.journal = Journal(request.logdir, request.sinks, watched, self._weights)
+        self.probe = Prober(
+            model,
+            lambda: batches.arrays,
+            watched.train.first_rows,
+            self.journal.document,
+            enabled=bool(request.every),
+        )
 
     def epoch(self) -> dict:
         """Trains on one epoch; returns its logs as Keras reports them."""
@@ -264,7 +273,7 @@ class _Training:
         """How many executions to run before Python is needed again."""
         if listens_to_batches(self._callbacks) or doors.makes_own_train_function(self._model):
             return 1
-        steps = min(self._pace.steps, self._step.most if self._step else 1)
+        steps = min(self._pace.steps, self._step.most if self._step else 1, self.probe.room(self.step))
         executions = max(1, self.ledger.most(self.step, steps) // per)
         return executions if place.available is None else min(executions, place.available)
 
@@ -275,6 +284,7 @@ class _Training:
         if self._step is None:
             self._step = self._prepared(place.iterator)
             self._begun_with = self._weights()
+        self.probe.before(self.step)
         begun = time.time()
         try:
             outcome = self._step.run(place.iterator, self.step, count)
@@ -290,6 +300,7 @@ class _Training:
             if outcome.vectors is not None:
                 self.journal.push(self.step, self._step.every, outcome.vectors, begun, ended)
             self.step += outcome.steps
+            self.probe.after(self.step, outcome.steps)
         return outcome.steps
 
     def _prepared(self, iterator) -> Step:
@@ -350,5 +361,7 @@ class _Training:
         except (StopIteration, tf.errors.OutOfRangeError):
             return 0
         self._open()
+        self.probe.before(self.step)
         self.step += count
+        self.probe.after(self.step, count)
         return count

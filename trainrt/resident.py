@@ -29,12 +29,13 @@ class Resident:
       shuffle: Whether each epoch has an order of its own.
 
     Attributes:
+      arrays, samples: As given.
       element_spec: Of a batch, as Keras's dataset has it.
     """
 
     def __init__(self, arrays: Any, samples: int, batch_size: int, shuffle: bool):
-        self._arrays = arrays
-        self._samples = samples
+        self.arrays = arrays
+        self.samples = samples
         self._batch_size = batch_size
         rows = None if samples % batch_size else batch_size
         self.element_spec = keras.tree.map_structure(
@@ -49,7 +50,7 @@ class Resident:
 
     def epoch(self) -> Epoch:
         """The data in an order of its own, from the first batch on."""
-        return Epoch(self._arrays, next(iter(self._orders)), self._batch_size, self.element_spec)
+        return Epoch(self.arrays, next(iter(self._orders)), self._batch_size, self.element_spec)
 
 
 class Epoch:
