@@ -231,7 +231,7 @@ class Prober:
         took = time.monotonic() - begun
         if self._cost is None:
             self._first_cost = took
-            self._cost = min(took, max(took / 4, 2 * self._estimate()))
+            self._cost = min(took, max(took / 8, 2 * self._estimate()))
         else:
             self._cost = took
         return look
