@@ -6,6 +6,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("trainrt", deadline=None)  # what a test asserts does not depend on how busy the machine is
+settings.load_profile("trainrt")
 
 
 @pytest.fixture
