@@ -10,11 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "trainrt"
 
 FLOORS = (
-    {"record", "digits"},
+    {"record", "digits", "phases"},
     {"statistics", "events", "synthetic", "digest", "relation"},
     {"run", "doors", "native", "clip", "taps", "resident", "matched", "survey"},
-    {"findings", "moments", "audit", "bits", "forward"},
-    {"fused", "comparison", "anatomy"},
+    {"findings", "moments", "audit", "bits", "forward", "device_words", "trace_reading"},
+    {"fused", "comparison", "anatomy", "trace"},
     {"update", "reference"},
     {"determinism"},
     {"sinks", "step", "batches", "environment", "pace", "look"},
@@ -39,6 +39,8 @@ READING = {
     "plugin",
     "report_html",
     "digits",
+    "phases",
+    "device_words",
 }
 LAZY = "__init__"
 

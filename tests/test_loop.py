@@ -231,7 +231,7 @@ BAD = {
     "trace_type": (make_model, {"trace": 3}, TypeError, "start, stop"),
     "trace_order": (make_model, {"trace": (5, 5)}, ValueError, "start < stop"),
     "trace_outside": (make_model, {"trace": (0, 10**6)}, ValueError, "steps of the run, 0 to 2"),
-    "trace_inside": (make_model, {"trace": (0, 2)}, NotImplementedError, "not built yet"),
+    "trace_word": (make_model, {"trace": "always"}, TypeError, "'auto'"),
     "on_nonfinite_value": (make_model, {"on_nonfinite": "ignore"}, ValueError, "report"),
     "on_nonfinite_skip": (make_model, {"on_nonfinite": "skip"}, NotImplementedError, "not built yet"),
     "deterministic_type": (make_model, {"deterministic": 1}, TypeError, "True, False"),

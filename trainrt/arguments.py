@@ -31,6 +31,7 @@ class Request:
       deterministic: False, True, or "xla": with XLA.
       seed: For all random generators, or None.
       digests: What is digested, or None.
+      trace: Steps to trace, the last one excluded; "auto"; None: none.
     """
 
     logdir: str | None
@@ -40,6 +41,7 @@ class Request:
     deterministic: bool | str = False
     seed: int | None = None
     digests: Digests | None = None
+    trace: tuple[int, int] | str | None = None
 
 
 def check(
@@ -79,12 +81,12 @@ def check(
         deterministic,
         modes.checked(seed),
         asked(digests, bool(deterministic)),
+        _trace(trace),
     )
     if request.clip is not None:
         _one_clip(model, request.clip)
     if on_nonfinite not in NONFINITE:
         raise ValueError(f"`on_nonfinite` must be one of {NONFINITE}. Received: on_nonfinite={on_nonfinite!r}.")
-    _trace(trace)
     if deterministic:
         modes.refuse(model, request.seed)
     if on_nonfinite != "report":
@@ -115,23 +117,19 @@ def check_trainable(model: keras.Model, request: Request) -> None:
         )
 
 
-def check_trace(trace: tuple[int, int] | None, total_steps: int | None) -> None:
+def check_trace(trace: tuple[int, int] | str | None, total_steps: int | None) -> None:
     """Checks `trace` against the steps of the run, once they are known (None: nobody knows).
 
     Raises:
       ValueError: The window lies outside the run.
-      NotImplementedError: It does not, but tracing is not built yet.
     """
-    if trace is None:
+    if trace is None or isinstance(trace, str):
         return
     if total_steps is not None and trace[1] > total_steps:
         raise ValueError(
             f"`trace` must lie within the steps of the run, 0 to {total_steps}. Received: trace={trace!r}. "
             f"For the last ten steps pass trace=({max(total_steps - 10, 0)}, {total_steps})."
         )
-    raise NotImplementedError(
-        "`trace` is not built yet. Until it is: keras.callbacks.TensorBoard(logdir, profile_batch=(start, stop))."
-    )
 
 
 def _logdir(logdir: Any) -> str | None:
@@ -177,14 +175,15 @@ def _sinks(sinks: Any) -> tuple[Sink, ...]:
     return tuple(sinks)
 
 
-def _trace(trace: Any) -> None:
-    if trace is None:
-        return
+def _trace(trace: Any) -> tuple[int, int] | str | None:
+    if trace is None or (isinstance(trace, str) and trace == "auto"):
+        return trace
     pair = isinstance(trace, (tuple, list)) and len(trace) == 2
     if not pair or any(isinstance(step, bool) or not isinstance(step, int) for step in trace):
-        raise TypeError(f"`trace` must be a pair of steps (start, stop). Received: trace={trace!r}.")
+        raise TypeError(f"`trace` must be a pair of steps (start, stop), or 'auto'. Received: trace={trace!r}.")
     if not 0 <= trace[0] < trace[1]:
         raise ValueError(f"`trace` must be (start, stop) with 0 <= start < stop. Received: trace={trace!r}.")
+    return trace[0], trace[1]
 
 
 def _one_clip(model: keras.Model, clip: Clip) -> None:

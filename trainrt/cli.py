@@ -251,6 +251,8 @@ def _print_report(path: Path, run: Run, findings: list[Finding]) -> None:
 
 def summary(run: Run) -> list[tuple[str, str]]:
     """A run in a few labelled lines: what trained, how far it came, how it ended, what could not be read."""
+    from trainrt import device_words
+
     environment = run.environment or {}
     lines: list[tuple[str, str]] = []
     parameters = run.roster.parameters
@@ -275,6 +277,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
         last = run.epochs[-1]
         logs = ", ".join(f"{name} {value:.4g}" for name, value in last.logs.items() if isinstance(value, (int, float)))
         lines.append(("epochs", f"{len(run.epochs)}; the last: {logs}"))
+    lines.extend(device_words.lines(run))
     lines.append(("ended", _ending(run.end)))
     lines.extend(("problem", str(problem)) for problem in run.problems)
     return lines

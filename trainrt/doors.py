@@ -327,6 +327,12 @@ def raw(variable) -> tf.Variable:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
+def layer_of(variable) -> str:
+    """Path of the layer that owns a variable."""
+    path = getattr(variable, "path", None) or variable.name.split(":")[0]
+    return path.rpartition("/")[0] or path
+
+
 def variable_key(variable) -> int:
     """Identity of a weight, the same for a `keras.Variable` and the `tf.Variable` in it."""
     return id(raw(variable))

@@ -22,9 +22,12 @@ from trainrt.determinism.digests import Digests, Ledger
 from trainrt.journal import Journal, floats
 from trainrt.pace import Pace, listens_to_batches
 from trainrt.probe import Prober
+from trainrt.phases import Scopes
 from trainrt.record import Epoch
 from trainrt.sinks import Sink
 from trainrt.step import Step
+from trainrt.trace import Tracing
+from trainrt.trace import step as marked_step
 
 
 def fit(
@@ -52,7 +55,7 @@ def fit(
     deterministic: bool | str = False,
     seed: int | None = None,
     digests: bool | int | Digests | None = None,
-    trace: tuple[int, int] | None = None,
+    trace: tuple[int, int] | str | None = None,
     on_nonfinite: str = "report",
     sinks: Sequence[Sink] = (),
 ) -> keras.callbacks.History:
@@ -74,7 +77,9 @@ def fit(
       digests: Exact digests in the record, to prove with and to find where two runs part (`trainrt.bits`): an int n
         digests all stages of every n-th step, True all variables now and then, False nothing. None is True when
         `deterministic`, else False.
-      trace: Not built yet.
+      trace: A pair (start, stop): steps `start` to `stop - 1` run under TensorFlow's profiler; what it saw is told in
+        words, and TensorBoard's Profile tab shows it. "auto": ten steps once the step time has settled, and again
+        when steps become slower.
       on_nonfinite: "report" goes on as Keras does and says where the first NaN was. "skip" and "stop" are not built
         yet.
       sinks: More places for the record, see `trainrt.sinks.Sink`.
@@ -142,7 +147,7 @@ def fit(
     if model.built:
         arguments.check_trainable(model, request)
     training = _Training(model, batches, callbacks, request, given, watched, mode)
-    with training.journal:
+    with training.journal, training.tracing:
         model.stop_training = False
         model.make_train_function()
         callbacks.on_train_begin()
@@ -225,6 +230,9 @@ class _Training:
             self.journal.document,
             enabled=bool(request.every),
         )
+        self.tracing = Tracing(
+            request.trace, self.journal.path, self.journal.document, self._scopes, model.steps_per_execution
+        )
 
     def epoch(self) -> dict:
         """Trains on one epoch; returns its logs as Keras reports them."""
@@ -248,6 +256,7 @@ class _Training:
                 place = epoch.send((ran, ran < executions))
             except StopIteration:
                 place = None
+        self.tracing.stop()
         if not self.step:
             raise ValueError(
                 "The data ended before the first batch, so nothing was trained. "
@@ -273,7 +282,8 @@ class _Training:
         """How many executions to run before Python is needed again."""
         if listens_to_batches(self._callbacks) or doors.makes_own_train_function(self._model):
             return 1
-        steps = min(self._pace.steps, self._step.most if self._step else 1, self.probe.room(self.step))
+        first = self._step.most if self._step else 1
+        steps = min(self._pace.steps, first, self.probe.room(self.step), self.tracing.room(self.step))
         executions = max(1, self.ledger.most(self.step, steps) // per)
         return executions if place.available is None else min(executions, place.available)
 
@@ -285,13 +295,15 @@ class _Training:
             self._step = self._prepared(place.iterator)
             self._begun_with = self._weights()
         self.probe.before(self.step)
+        singly, marked = self.tracing.singly(self.step), self.tracing.begin(self.step)
         begun = time.time()
         try:
-            outcome = self._step.run(place.iterator, self.step, count)
+            outcome = self._step.run(place.iterator, self.step, count, singly, marked)
         except tf.errors.OutOfRangeError:
             return 0
         ended = time.time()
-        self._pace.took(outcome.steps, ended - begun)
+        if not singly:
+            self._pace.took(outcome.steps, ended - begun)
         if outcome.steps:
             self._logs = outcome.logs
             self._open()
@@ -300,6 +312,7 @@ class _Training:
             if outcome.vectors is not None:
                 self.journal.push(self.step, self._step.every, outcome.vectors, begun, ended)
             self.step += outcome.steps
+            self.tracing.took(self.step, outcome.steps, ended - begun)
             self.probe.after(self.step, outcome.steps)
         return outcome.steps
 
@@ -350,18 +363,24 @@ class _Training:
     def _write_digests(self, describe) -> None:
         self.journal.document("digests", describe)
 
+    def _scopes(self) -> Scopes:
+        return self._step.scopes() if self._step else Scopes()
+
     def _weights(self) -> str | None:
         """Digest of the weights as they are; None where nothing is recorded, or they are not built yet."""
         return environment.weights_digest(self._model) if self._request.every else None
 
     def _run_own(self, iterator, count: int) -> int:
         """One execution of a `train_function` that the user made."""
+        begun = time.time()
         try:
-            self._logs = self._model.train_function(iterator)
+            with marked_step(self.step, self.tracing.begin(self.step)):
+                self._logs = self._model.train_function(iterator)
         except (StopIteration, tf.errors.OutOfRangeError):
             return 0
         self._open()
         self.probe.before(self.step)
         self.step += count
+        self.tracing.took(self.step, count, time.time() - begun)
         self.probe.after(self.step, count)
         return count

@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from trainrt import phases
+
 BATCH_BYTES = 1 << 18
 """Largest batch that the loop gathers by itself; gathering as much takes about 20 microseconds."""
 
@@ -79,10 +81,11 @@ class Epoch:
 
 def gather(arrays: Any, order: tf.Tensor, batch: tf.Tensor, batch_size: int, element_spec: Any) -> Any:
     """Batch number `batch` of an epoch, inside the compiled loop."""
-    begin = batch * batch_size
-    index = order[begin : begin + batch_size]
+    with tf.name_scope(phases.INPUT):
+        begin = batch * batch_size
+        index = order[begin : begin + batch_size]
 
-    def rows(array, spec):
-        return None if array is None else tf.ensure_shape(tf.gather(array, index), spec.shape)
+        def rows(array, spec):
+            return None if array is None else tf.ensure_shape(tf.gather(array, index), spec.shape)
 
-    return keras.tree.map_structure(rows, arrays, element_spec)
+        return keras.tree.map_structure(rows, arrays, element_spec)

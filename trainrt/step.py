@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from trainrt import doors, native, resident
+from trainrt import doors, native, phases, resident, trace
 from trainrt.clip import Clip
 from trainrt.determinism.digests import Collector, Digests
 from trainrt.record import Roster
@@ -80,6 +80,7 @@ class Step:
             self.unseen, self.every = "several replicas are not observed yet", 0
         self._chunk = _function(self._one if self._several else self._iterated)
         self._chunks: dict[tuple, tf.types.experimental.PolymorphicFunction] = {}
+        self._spec: Any = None
 
     def _compiled(self, measuring: bool, digesting: bool = False):
         """One step on a batch -> (logs, vector), wrapped as Keras wraps it."""
@@ -117,7 +118,7 @@ class Step:
         """
         if self._model.run_eagerly:
             return
-        spec = _without_optionals(element_spec)
+        spec = self._spec = _without_optionals(element_spec)
         if self._digest_every:
             self._digested.get_concrete_function(spec)
             self.every = 0 if self.unseen else self.every
@@ -142,23 +143,38 @@ class Step:
         """Numbers that a step leaves behind."""
         return self._width + 2 * len(self.digest_names)
 
-    def run(self, iterator, first: int, steps: int) -> Outcome:
+    def scopes(self) -> phases.Scopes:
+        """What the names of the step's ops are read with, once it has been traced."""
+        names = tuple(optimizer.name for optimizer in self._optimizers)
+        if self._spec is None or self._several:
+            return phases.Scopes(names, eager=self._model.run_eagerly)
+        owners = {id(doors.raw(v).handle): doors.layer_of(v) for v in self._model.variables}
+        step = self._observed if self.every and self._digest_every != 1 else self._plain
+        step = self._digested if self._digest_every == 1 else step
+        captures = step.get_concrete_function(self._spec).graph.captures
+        known = [(inside, owners[id(outside)]) for outside, inside in captures if id(outside) in owners]
+        reads = [(op.name, layer) for tensor, layer in known for op in tensor.consumers()]
+        return phases.Scopes(names, phases.layers_of(reads))
+
+    def run(self, iterator, first: int, steps: int, singly: bool = False, marked: bool = False) -> Outcome:
         """Runs up to `steps` steps.
 
         Args:
           iterator: A `tf.data` or distributed iterator.
           first: Number of the first of them in the run; says which ones `every` observes.
           steps: How many; at most `most`.
+          singly: One a call, as a profiler wants them.
+          marked: Whether each is put under a marker for the profiler.
         """
-        if self._model.run_eagerly:
-            return self._run_eagerly(iterator, first, steps)
         if self._several:
-            return self._run_replicas(iterator, steps)
+            return self._run_replicas(iterator, first, steps, marked)
+        if self._model.run_eagerly or singly:
+            return self._run_singly(iterator, first, steps, marked)
         begin, most = tf.constant(first, tf.int64), tf.constant(steps)
         if isinstance(iterator, resident.Epoch):
             most = tf.constant(min(steps, iterator.left))
             batch = tf.constant(iterator.batch, tf.int64)
-            chunk = self._gathering(iterator)
+            chunk = self._gathering(iterator, self._gathered, None)
             count, logs, vectors = chunk(iterator.arrays, iterator.order, batch, begin, most)
             iterator.batch += int(count)
         else:
@@ -170,11 +186,11 @@ class Step:
         vectors = rows[:, : self._width] if self.every else None
         return Outcome(ran, logs, vectors, rows[:, self._width :] if self._digest_every else None)
 
-    def _gathering(self, epoch: resident.Epoch):
-        """The compiled loop for batches of this size and shape."""
-        key = (epoch.batch_size, *keras.tree.flatten(epoch.element_spec))
+    def _gathering(self, epoch: resident.Epoch, method, step):
+        """A method compiled for batches of this size and shape."""
+        key = (method.__name__, id(step), epoch.batch_size, *keras.tree.flatten(epoch.element_spec))
         if key not in self._chunks:
-            python_function = functools.partial(self._gathered, epoch.batch_size, epoch.element_spec)
+            python_function = functools.partial(method, step, epoch.batch_size, epoch.element_spec)
             self._chunks[key] = _function(python_function)
         return self._chunks[key]
 
@@ -191,7 +207,7 @@ class Step:
         return self._loop(iterator.element_spec, one, first, steps)
 
     @tf.autograph.experimental.do_not_convert
-    def _gathered(self, batch_size, element_spec, arrays, order, batch, first, steps):
+    def _gathered(self, _, batch_size, element_spec, arrays, order, batch, first, steps):
         """`steps` steps on batches of resident arrays, from number `batch` of the epoch on."""
 
         def one(ran, train, keep):
@@ -199,6 +215,11 @@ class Step:
             return True, *train(resident.gather(arrays, order, number, batch_size, element_spec))
 
         return self._loop(element_spec, one, first, steps)
+
+    @tf.autograph.experimental.do_not_convert
+    def _gathered_one(self, step, batch_size, element_spec, arrays, order, batch):
+        """One step on a batch of resident arrays."""
+        return step(resident.gather(arrays, order, batch, batch_size, element_spec))
 
     def _loop(self, element_spec, one, first, steps):
         """Steps until there are `steps` of them or the data ends -> (how many, last logs, [steps, D] vectors).
@@ -250,29 +271,46 @@ class Step:
     def _one(self, iterator):
         return self._plain(_without_optionals(iterator.get_next()))[0]
 
-    def _run_replicas(self, iterator, steps: int) -> Outcome:
+    def _run_replicas(self, iterator, first: int, steps: int, marked: bool) -> Outcome:
         """One call a step: TensorFlow's collectives take their keys at the call, and a `tf.cond` or `tf.while_loop`
         around them loses these (a placeholder that is never fed, TF 2.21)."""
         logs, ran = None, 0
         while ran < steps:
             try:
-                logs = self._chunk(iterator)
+                with trace.step(first + ran, marked):
+                    logs = self._chunk(iterator)
+                    if marked:
+                        _wait_for(logs)
             except tf.errors.OutOfRangeError:
                 break
             ran += 1
         return Outcome(ran, logs, None)
 
-    def _run_eagerly(self, iterator, first: int, steps: int) -> Outcome:
+    def _run_singly(self, iterator, first: int, steps: int, marked: bool) -> Outcome:
         logs, vectors = None, []
         for number in range(first, first + steps):
-            batch = iterator.get_next_as_optional()
-            if not batch.has_value():
-                break
-            observed = self.every and number % self.every == 0
-            step = self._observed if observed else self._plain
-            if self._digest_every and number % self._digest_every == 0:
-                step = self._digested
-            logs, vector = step(_without_optionals(batch.get_value()))
+            with trace.step(number, marked):
+                observed = self.every and number % self.every == 0
+                step = self._observed if observed else self._plain
+                if self._digest_every and number % self._digest_every == 0:
+                    step = self._digested
+                if isinstance(iterator, resident.Epoch):
+                    if not iterator.left:
+                        break
+                    batch = tf.constant(iterator.batch, tf.int64)
+                    logs, vector = self._gathering(iterator, self._gathered_one, step)(
+                        iterator.arrays, iterator.order, batch
+                    )
+                    iterator.batch += 1
+                else:
+                    with trace.fetching(marked):
+                        batch = iterator.get_next_as_optional()
+                        if not batch.has_value():
+                            break
+                        data = _without_optionals(batch.get_value())
+                    logs, vector = step(data)
+                if marked:
+                    _wait_for(logs)
             if observed and self.unseen:
                 self._see_nothing()
             vectors.append(vector)
@@ -284,6 +322,13 @@ class Step:
 def _function(python_function, **options):
     """A `tf.function` that counts its own traces only: TensorFlow counts by code object, and warns of a fifth one."""
     return tf.function(functools.partial(python_function), reduce_retracing=True, **options)
+
+
+def _wait_for(logs) -> None:
+    """Returns when the device has done the step: what runs after its marker would count for the next one."""
+    for value in tf.nest.flatten(logs)[:1]:
+        if hasattr(value, "numpy"):
+            value.numpy()
 
 
 def _without_optionals(data):

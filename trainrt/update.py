@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainrt import clip, doors, fused, moments, taps
+from trainrt import clip, doors, fused, moments, phases, taps
 from trainrt.clip import Clip
 from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, UPDATE, WEIGHT, Parameter, Roster, unique
 
@@ -116,27 +116,33 @@ class Observer:
         dense = measured = scale = None
         if self._clip is not None or (self._measuring and isinstance(way, str)):
             dense = [_dense(g, v) for g, v in zip(gradients, variables, strict=True)]
-            measured = _unscale(moments.measure(dense, kernels), loss_scale)
+            with tf.name_scope(phases.STATISTICS):
+                measured = _unscale(moments.measure(dense, kernels), loss_scale)
         if self._clip is not None:
-            scale = tf.ensure_shape(tf.cast(self._clip(measured), tf.float64), [len(variables)])
+            with tf.name_scope(phases.CLIP):
+                scale = tf.ensure_shape(tf.cast(self._clip(measured), tf.float64), [len(variables)])
 
         if isinstance(way, str):
             if scale is not None:
-                gradients = [_scaled(g, scale[i]) for i, g in enumerate(gradients)]
+                with tf.name_scope(phases.CLIP):
+                    gradients = [_scaled(g, scale[i]) for i, g in enumerate(gradients)]
             before = [_value(v) for v in variables] if self._measuring else ()
             result = apply(gradients, variables if given else None)
             if not self._measuring:
                 return result
-            seen = _measured_after(optimizer, variables, before, dense, kernels)
+            with tf.name_scope(phases.STATISTICS):
+                seen = _measured_after(optimizer, variables, before, dense, kernels)
         else:
             factor = None if scale is None else tf.cast(scale, tf.float32)
-            seen = way.apply(gradients, factor, observe=self._measuring, gradient_moments=measured is None)
+            with tf.name_scope(phases.UPDATE):
+                seen = way.apply(gradients, factor, observe=self._measuring, gradient_moments=measured is None)
             result = None
             if seen is None:
                 return result
             if measured is None:
                 measured = _unscale(seen.gradient, loss_scale)
-        self._note(optimizer, variables, measured, seen, scale, learning_rate, loss_scale)
+        with tf.name_scope(phases.STATISTICS):
+            self._note(optimizer, variables, measured, seen, scale, learning_rate, loss_scale)
         return result
 
     def _note(self, optimizer, variables, measured, seen, scale, learning_rate, loss_scale) -> None:
@@ -195,6 +201,10 @@ class Observer:
         """
         if not self._seen():
             return tf.zeros([0], tf.float64)
+        with tf.name_scope(phases.STATISTICS):
+            return self._packed(logs)
+
+    def _packed(self, logs) -> tf.Tensor:
         roster = self.roster()
         order = {key: i for i, key in enumerate(self._parameters)}
         cubes = [
