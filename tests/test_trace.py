@@ -67,10 +67,10 @@ def test_a_traced_run_trains_the_same_bits(way, tmp_path):
     made = {k: v() if isinstance(v, type) else v for k, v in compiled.items()}
     arrays = (convert(*data()),) if convert else data()
     plain = model_of(**made)
-    fit(plain, *arrays, epochs=2)
+    fit(plain, *arrays)
     made = {k: v() if isinstance(v, type) else v for k, v in compiled.items()}
     traced = model_of(**made)
-    history = fit(traced, *arrays, epochs=2, trace=(START, STOP), logdir=str(tmp_path))
+    history = fit(traced, *arrays, trace=(START, STOP), logdir=str(tmp_path))
     for left, right in zip(plain.get_weights(), traced.get_weights(), strict=True):
         np.testing.assert_array_equal(left, right)
     told = traces(history)
@@ -125,9 +125,8 @@ def test_profilers_tools_compute_a_step_time_from_the_markers(traced):
     assert 0 < float(found[0]) / 1e3 <= own["max"] * 1.05
 
 
-@pytest.mark.parametrize("xla", [False, True])
-@pytest.mark.parametrize("optimizer", ["adam", "lion"])
-def test_every_phase_of_an_observed_and_clipped_step_is_seen(xla, optimizer):
+@pytest.mark.parametrize(("optimizer", "xla"), [("adam", False), ("lion", False), ("adam", True)])
+def test_every_phase_of_an_observed_and_clipped_step_is_seen(optimizer, xla):
     told = traces(fit(model_of(optimizer=optimizer, jit_compile=xla), trace=(START, STOP)))[0]
     seen = {phase for phase, seconds in told["phase_s"].items() if seconds > 0}
     assert seen >= set(PHASES) - {"host"}
@@ -365,10 +364,6 @@ def test_a_scope_that_is_numbered_belongs_to_the_layer_whose_weight_it_reads():
     scopes = Scopes(layers=layers)
     assert scopes.layer("gradient_tape/net_1/dense_1/MatMul/MatMul_1") == "net/dense"
     assert scopes.layer("net_1/dense_1_2/BiasAdd") == "net/dense_1"
-
-
-def test_a_healthy_traced_run_is_silent(traced):
-    assert traced.findings == []
 
 
 @pytest.fixture(autouse=True)
