@@ -21,8 +21,8 @@ from trainrt.determinism import modes
 from trainrt.determinism.digests import Digests, Ledger
 from trainrt.journal import Journal, floats
 from trainrt.pace import Pace, listens_to_batches
-from trainrt.probe import Prober
 from trainrt.phases import Scopes
+from trainrt.probe import Prober
 from trainrt.record import Epoch
 from trainrt.sinks import Sink
 from trainrt.step import Step
