@@ -72,7 +72,7 @@ LAYERS = 512
 """Most layers that are described."""
 
 _TEXT = 2000
-_LAYERS_S = 0.02
+_LAYERS_S = 0.25
 _NO_SEED = 87654321
 """What TensorFlow returns as the global seed when none was set."""
 

@@ -118,8 +118,8 @@ def tiny_inputs(run: Run) -> Iterator[Finding]:
 def constant_inputs(run: Run) -> Iterator[Finding]:
     """Inputs that carry nothing: features that are constant, or nearly all exact zeros.
 
-    Means:   every feature has the same value in all rows looked at; or 95 % of the elements are exactly zero and the
-             model learnt little. Half of the features constant, with little learnt, is an early form of it.
+    Means:   every feature has the same value in all rows looked at; or 95 % of the elements are exactly zero, or half
+             of the features never change, or 90 % and a third together, and the model learnt less than it might.
     Matters: what does not vary cannot tell samples apart; the model can only learn the mean of the targets.
     Try:     print x[:3]; look for an integer division (//), a cast to an integer, a mask that hides all.
     Source:  TheDeepChecker: constant features.
@@ -139,7 +139,9 @@ def constant_inputs(run: Run) -> Iterator[Finding]:
         zeros = program.number(leaf.get("zero_share"))
         # Rows of one number are constant only when that number is.
         whole = share == 1 and constant.get("rows", 0) >= 32 and len(inputs) == 1
-        if not whole and not (ended.poor(POOR) and (zeros > EMPTY or (share > 0.5 and constant.get("of", 0) > 1))):
+        empty = ended.poor(POOR) and (zeros > EMPTY or (share > 0.5 and constant.get("of", 0) > 1))
+        # Nearly all zeros and a good part that never changes, together, weigh as much.
+        if not (whole or empty or (ended.poor(0.8) and zeros > 0.9 and share > 0.3)):
             continue
         what = (
             "all features have one and the same value in every row"

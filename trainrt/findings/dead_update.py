@@ -9,6 +9,7 @@ import numpy as np
 
 from trainrt.findings import program
 from trainrt.findings.finding import Finding, shorten
+from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import rule
 from trainrt.findings.series import (
     clip_scale,
@@ -36,6 +37,8 @@ THROWN = 0.1
 """A step of this share of a kernel's size may carry its units to where nothing brings them back."""
 CONVERGED = 1e-3
 """Of its first level: a loss that has fallen so far has nothing left to push with."""
+LEARNT = 0.9
+"""Skill from which on updates that round away are the end of a good run; see `outcome`."""
 SPACING = {"float16": 2.0**-10, "bfloat16": 2.0**-8}
 """Relative spacing of the dtypes in which updates are lost first."""
 
@@ -134,6 +137,9 @@ def _reason(view: _View, p: int) -> _Reason | None:
         )
     if view.pushed(t)[p] == 0:
         return _unpushed(view, p, t)
+    ended = outcome(run)
+    if ended.settled and ended.skill >= LEARNT:
+        return None  # what has been learnt to the last bit rests
     stretch = run.steps[-1, 1] - run.steps[t, 0] + 1
     if stretch < SHARE_OF_RUN * (run.steps[-1, 1] - run.steps[0, 0] + 1):
         return None

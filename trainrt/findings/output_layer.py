@@ -353,8 +353,8 @@ def no_hidden_activation(run: Run) -> Iterator[Finding]:
     body = [layer for layer in known if layer["class"] not in program.PASSIVE]
     for layer in body[:-1]:
         if layer["class"] in ("Dense", "Conv1D", "Conv2D", "Conv3D", "SeparableConv2D", "EinsumDense"):
-            if layer["config"].get("activation", "linear") != "linear":
-                return
+            if layer["config"].get("activation") != "linear":
+                return  # or not known
             linear.append(layer["name"])
         elif layer["class"] not in (*program.NORMALISERS, *program.LOOKUPS, "Lambda", "Add", "Concatenate"):
             return  # pools, activations, recurrent and own layers bend, or may
