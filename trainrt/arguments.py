@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from trainrt import clip as clips
-from trainrt import doors
+from trainrt import doors, replicas
 from trainrt.clip import Clip
 from trainrt.determinism import modes
 from trainrt.determinism.digests import Digests, asked
@@ -72,6 +72,7 @@ def check(
             "A model of tf_keras (Keras 2) has to be ported to Keras 3 first."
         )
     doors.assert_compiled(model)
+    replicas.check(model)
     _deterministic(deterministic)
     request = Request(
         _logdir(logdir),

@@ -25,6 +25,8 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `layer._flatten_layers`, `layer._call_has_training_arg` | every layer at any depth; a forward pass that shows its output | a public `keras.Layer.layers` for layers too |
 | `tensor._keras_history` | which layer makes an output | a public name for it |
 | `context._rng` of TensorFlow | puts TensorFlow's eager random state back after a pass | a public name for it |
+| `optimizer._distribution_strategy`, `LossScaleOptimizer._common_apply`, `Strategy.extended._use_merge_call` | updates one replica as if it were alone, with `tf.cond` and gradient accumulation | an `apply` that takes reduced gradients, as Keras 2 had |
+| `SeedGenerator.next` | other dropout masks on each replica | a seed of each replica's own in Keras |
 | `optimizer._trainable_variables`, its per-variable lists | pairs slots with weights | public slot names |
 """
 
@@ -227,6 +229,26 @@ def traced_functions(model: keras.Model) -> list[str]:
     return [name for name in names if getattr(model, name, None) is not None]
 
 
+@contextlib.contextmanager
+def replaced(owner, name: str, value) -> Iterator[None]:
+    """An attribute of the instance for a while, past the tracking `__setattr__` of Keras."""
+    missing = object()
+    before = owner.__dict__.get(name, missing)
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is missing:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before
+
+
+def keras_distribution():
+    """The distribution that was set with `keras.distribution.set_distribution`."""
+    return keras.distribution.distribution()
+
+
 def compiled_loss(model: keras.Model):
     """The `loss` that was given to `compile`, for the passport."""
     return getattr(getattr(model, "_compile_loss", None), "_user_loss", None)
@@ -268,6 +290,62 @@ def set_eager_random_state(state) -> None:
     generator = getattr(tf_context.context(), "_rng", None)
     if generator is not None and state is not None:
         generator.setstate(state)
+
+
+@contextlib.contextmanager
+def on_one_replica(optimizer, replica: int) -> Iterator[None]:
+    """Inside `strategy.extended.update`, `optimizer.apply` works on the replica at hand alone, as on one device.
+
+    Keras hands each update to the strategy, which makes it on all replicas and forbids that inside of a `tf.cond`. Here
+    the gradients are reduced already and every replica runs the whole of `apply`, so what Keras would hand over is done
+    at once, to the variable of this replica.
+    """
+    strategy = tf.distribute.get_strategy()
+    with contextlib.ExitStack() as stack:
+        for part in (optimizer, *parts(optimizer)):
+            stack.enter_context(replaced(part, "_distribution_strategy", _OneReplica(replica)))
+            if isinstance(part, keras.optimizers.LossScaleOptimizer):
+                stack.enter_context(replaced(part, "_tf_apply", part._common_apply))
+        stack.enter_context(replaced(strategy.extended, "_use_merge_call", lambda: False))
+        yield
+
+
+class _OneReplica:
+    """Stands for the strategy of an optimizer: updates the variable of one replica."""
+
+    def __init__(self, replica: int):
+        self._replica = replica
+
+    @property
+    def extended(self):
+        return self
+
+    def update(self, variable, function, args=(), kwargs=None, group=True):
+        return function(variable.values[self._replica], *args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def distinct_seeds() -> Iterator[None]:
+    """Random numbers that Keras draws inside a replica differ from replica to replica; those of the first are Keras's.
+
+    A seed generator's state is the same on each, and stays so: what it hands out is told apart, by a multiple of the
+    golden ratio that is added to the half of the seed that does not count.
+    """
+    draw = keras.random.SeedGenerator.next
+
+    def drawn(self, ordered=True):
+        seed = draw(self, ordered)
+        context = tf.distribute.get_replica_context()
+        if context is None or context.num_replicas_in_sync == 1:
+            return seed
+        replica = tf.cast(context.replica_id_in_sync_group, seed.dtype)
+        return seed + tf.stack([replica * tf.constant(0x9E3779B9, seed.dtype), tf.zeros([], seed.dtype)])
+
+    keras.random.SeedGenerator.next = drawn
+    try:
+        yield
+    finally:
+        keras.random.SeedGenerator.next = draw
 
 
 @contextlib.contextmanager

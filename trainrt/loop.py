@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainrt import arguments, doors, environment, fused, native
+from trainrt import arguments, doors, environment, fused, native, replicas
 from trainrt.arguments import Request
 from trainrt.audit import Audit
 from trainrt.batches import Batches, Execution
@@ -20,6 +20,7 @@ from trainrt.clip import Clip
 from trainrt.determinism import modes
 from trainrt.determinism.digests import Digests, Ledger
 from trainrt.journal import Journal, floats
+from trainrt.lockstep import Lockstep
 from trainrt.pace import Pace, listens_to_batches
 from trainrt.phases import Scopes
 from trainrt.probe import Prober
@@ -167,14 +168,14 @@ def fit(
             training_logs = epoch_logs
             if verbose:
                 training.journal.tell()
-            if model.stop_training:
+            if training.ends():
                 break
         training.probe.end(training.step)
         if isinstance(model.optimizer, keras.optimizers.Optimizer) and epochs > 0:
             model.optimizer.finalize_variable_values(model.trainable_weights)
         doors.drop_evaluation_iterator(model)
         callbacks.on_train_end(logs=training_logs)
-        training.journal.finished(stopped=bool(model.stop_training))
+        training.finished()
     history = model.history
     history.run, history.findings = training.journal.run, training.journal.findings
     if verbose:
@@ -222,13 +223,17 @@ class _Training:
         self._begun_with: str | None = None
         self._surroundings = environment.Surroundings()
         self.ledger = Ledger(request.digests, model, self._write_digests)
-        self.journal = Journal(request.logdir, request.sinks, watched, self._weights)
+        self._lockstep = Lockstep(model) if replicas.several(model.distribute_strategy) else None
+        writes = self._lockstep is None or self._lockstep.seat.worker == 0
+        self.journal = Journal(
+            request.logdir if writes else None, request.sinks if writes else (), watched, self._weights
+        )
         self.probe = Prober(
             model,
             lambda: batches.arrays,
             watched.train.first_rows,
             self.journal.document,
-            enabled=bool(request.every),
+            enabled=bool(request.every) and self._lockstep is None,
         )
         self.tracing = Tracing(
             request.trace, self.journal.path, self.journal.document, self._scopes, model.steps_per_execution
@@ -241,7 +246,7 @@ class _Training:
         place = next(epoch, None)
         while place is not None:
             callbacks.on_train_batch_begin(place.begin)
-            executions = self._executions(place, per)
+            executions = self._executions(place)
             before = self.step
             count = self._run(place, executions * per)
             self.ledger.took(before, self.step)
@@ -250,6 +255,7 @@ class _Training:
                 self._overrun(place.iterator)
             if ran:
                 callbacks.on_train_batch_end(place.begin + ran * per - 1, self._logs)
+                self._keep_together()
                 if model.stop_training:
                     break
             try:
@@ -262,7 +268,33 @@ class _Training:
                 "The data ended before the first batch, so nothing was trained. "
                 f"Received: x={environment.described(self._given['x'])}."
             )
+        self._keep_together(at_once=True)
         return doors.epoch_logs(model, self._logs)
+
+    def _keep_together(self, at_once: bool = False) -> None:
+        """Where several replicas train: compares them, and settles with the other workers what comes next."""
+        together = self._lockstep
+        if together is None:
+            return
+        if together.compare(self.step - 1, at_once):
+            self._tell_of_replicas(together)
+        together.settle(self._wanted())
+
+    def _tell_of_replicas(self, together: Lockstep) -> None:
+        content = together.content()
+        self.journal.document("replicas", lambda: content)
+
+    def ends(self) -> bool:
+        """Whether `stop_training` is set, by a callback of any worker."""
+        if self._lockstep is not None:
+            self._lockstep.settle(self._wanted())
+        return bool(self._model.stop_training)
+
+    def finished(self) -> None:
+        """The training came to its end."""
+        if self._lockstep is not None:
+            self._tell_of_replicas(self._lockstep)
+        self.journal.finished(stopped=bool(self._model.stop_training))
 
     def _overrun(self, iterator) -> None:
         """Runs Keras's own step once into the end of the data, as Keras does when it does not know where that is.
@@ -278,14 +310,19 @@ class _Training:
             with contextlib.suppress(StopIteration, tf.errors.OutOfRangeError):
                 model.train_function(iterator)
 
-    def _executions(self, place: Execution, per: int) -> int:
+    def _executions(self, place: Execution) -> int:
         """How many executions to run before Python is needed again."""
+        agreed = self._lockstep.calls if self._lockstep else None
+        executions = self._wanted() if agreed is None else agreed
+        return executions if place.available is None else min(executions, place.available)
+
+    def _wanted(self) -> int:
+        """How many executions this process would run in one call."""
         if listens_to_batches(self._callbacks) or doors.makes_own_train_function(self._model):
             return 1
         first = self._step.most if self._step else 1
         steps = min(self._pace.steps, first, self.probe.room(self.step), self.tracing.room(self.step))
-        executions = max(1, self.ledger.most(self.step, steps) // per)
-        return executions if place.available is None else min(executions, place.available)
+        return max(1, self.ledger.most(self.step, steps) // self._model.steps_per_execution)
 
     def _run(self, place: Execution, count: int) -> int:
         """Runs up to `count` steps and records them; returns how many ran before the data ended."""

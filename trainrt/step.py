@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from trainrt import doors, native, phases, resident, trace
+from trainrt import doors, native, phases, replicas, resident, trace
 from trainrt.clip import Clip
 from trainrt.determinism.digests import Collector, Digests
 from trainrt.record import Roster
@@ -62,7 +62,7 @@ class Step:
         self._model = model
         self._clip = clip
         self._strategy = model.distribute_strategy
-        self._several = self._strategy.num_replicas_in_sync > 1
+        self._several = replicas.several(self._strategy)
         self._optimizers = doors.optimizers(model)
         self._kernels = not model.jit_compile and not self._several and native.load() is not None
         self._width = 0
@@ -76,9 +76,7 @@ class Step:
         self._plain = self._compiled(measuring=False)
         self._observed = self._compiled(measuring=True)
         self._digested = self._compiled(measuring=bool(every), digesting=True)
-        if every and self._several:
-            self.unseen, self.every = "several replicas are not observed yet", 0
-        self._chunk = _function(self._one if self._several else self._iterated)
+        self._chunk = _function(self._iterated)
         self._chunks: dict[tuple, tf.types.experimental.PolymorphicFunction] = {}
         self._spec: Any = None
 
@@ -91,12 +89,7 @@ class Step:
             collector = Collector(model, self._optimizers, self._stages) if digesting else None
             with observer.watch(model), collector.watch(data) if collector else contextlib.nullcontext():
                 logs = model.train_step(data)
-            self.paths = observer.paths
-            vector = observer.pack(logs) if measuring else tf.zeros([self._width], tf.float64)
-            if measuring:
-                self.unseen = observer.unseen
-                self.roster = None if self.unseen else observer.roster()
-                self._width = vector.shape[0]
+            vector = self._noted(observer, observer.pack(logs) if measuring else None)
             if collector:
                 digests = collector.row()
                 self.digest_names = collector.names
@@ -109,7 +102,25 @@ class Step:
             outputs = strategy.run(replica_step, args=(data,))
             return doors.reduce_logs(outputs, strategy)
 
+        @tf.autograph.experimental.do_not_convert
+        def one_step_together(data):
+            observer = replicas.Replicas(self._optimizers, self._clip, measuring, self._kernels)
+            logs, vector = observer.run(model, data)
+            return logs, self._noted(observer, vector)
+
+        if self._several:
+            return one_step_together if model.run_eagerly else _function(one_step_together)
         return one_step if model.run_eagerly else _function(one_step, jit_compile=model.jit_compile)
+
+    def _noted(self, observer: Observer, vector: tf.Tensor | None) -> tf.Tensor:
+        """Keeps what the trace of a step tells; returns the step's vector, zeros for None."""
+        self.paths = observer.paths
+        if vector is None:
+            return tf.zeros([self._width], tf.float64)
+        self.unseen = observer.unseen
+        self.roster = None if self.unseen else observer.roster()
+        self._width = vector.shape[0]
+        return vector
 
     def prepare(self, element_spec) -> None:
         """Traces the step, which builds what is not built yet; after it `roster` or `unseen` is known.
@@ -166,10 +177,10 @@ class Step:
           singly: One a call, as a profiler wants them.
           marked: Whether each is put under a marker for the profiler.
         """
-        if self._several:
-            return self._run_replicas(iterator, first, steps, marked)
-        if self._model.run_eagerly or singly:
+        if self._model.run_eagerly or (singly and not self._several):
             return self._run_singly(iterator, first, steps, marked)
+        if singly:
+            return self._run_replicas_singly(iterator, first, steps, marked)
         begin, most = tf.constant(first, tf.int64), tf.constant(steps)
         if isinstance(iterator, resident.Epoch):
             most = tf.constant(min(steps, iterator.left))
@@ -232,6 +243,7 @@ class Step:
         step = self._digested if self._digest_every == 1 else step
         keeping = self.every or self._digest_every
         logs_spec = step.get_concrete_function(spec).structured_outputs[0]
+        step, observed, plain = self._callable(step), self._callable(self._observed), self._callable(self._plain)
         rows = tf.TensorArray(tf.float64, size=steps if keeping else 0, element_shape=[self._row])
 
         def due(every, ran):
@@ -245,7 +257,7 @@ class Step:
         def usual(data, ran):
             if self.every <= 1 or self._digest_every == 1:
                 return step(data)
-            return tf.cond(due(self.every, ran), lambda: self._observed(data), lambda: self._plain(data))
+            return tf.cond(due(self.every, ran), lambda: observed(data), lambda: plain(data))
 
         def body(ran, more, logs, rows):
             keep = (logs, tf.zeros([self._row], tf.float64))
@@ -267,24 +279,26 @@ class Step:
         )
         return ran, logs, rows.stack()
 
-    @tf.autograph.experimental.do_not_convert
-    def _one(self, iterator):
-        return self._plain(_without_optionals(iterator.get_next()))[0]
+    def _callable(self, step):
+        """What the loop calls: the compiled step, or its Python function where there are collectives in it.
 
-    def _run_replicas(self, iterator, first: int, steps: int, marked: bool) -> Outcome:
-        """One call a step: TensorFlow's collectives take their keys at the call, and a `tf.cond` or `tf.while_loop`
-        around them loses these (a placeholder that is never fed, TF 2.21)."""
-        logs, ran = None, 0
-        while ran < steps:
-            try:
-                with trace.step(first + ran, marked):
-                    logs = self._chunk(iterator)
-                    if marked:
-                        _wait_for(logs)
-            except tf.errors.OutOfRangeError:
-                break
-            ran += 1
-        return Outcome(ran, logs, None)
+        These take their keys when the outermost function is called, by a placeholder that TensorFlow 2.21 passes
+        through `tf.cond` and `tf.while_loop`, but not through a function called in one: there it is never fed.
+        """
+        return step.python_function if self._several else step
+
+    def _run_replicas_singly(self, iterator, first: int, steps: int, marked: bool) -> Outcome:
+        logs, rows = None, []
+        for number in range(first, first + steps):
+            with trace.step(number, marked):
+                count, last, row = self._chunk(iterator, tf.constant(number, tf.int64), tf.constant(1))
+                if not int(count):
+                    break
+                if marked:
+                    _wait_for(last)
+            logs = last
+            rows.append(row)
+        return self._outcome(len(rows), logs, tf.concat(rows, 0)) if rows else Outcome(0, None, None)
 
     def _run_singly(self, iterator, first: int, steps: int, marked: bool) -> Outcome:
         logs, vectors = None, []

@@ -61,6 +61,7 @@ class Observer:
         self._applies: list[_Apply] = []
         self._parameters: dict[int, Parameter] = {}
         self._losses: dict[str, tf.Tensor] = {}
+        self._scale: tf.Tensor | None = None
         self._inside = False
         self.unseen: str | None = None
         self.paths: dict[str, str] = {}
@@ -71,7 +72,7 @@ class Observer:
         watched = self._optimizers if self._measuring or self._clip or self._kernels else ()
         with contextlib.ExitStack() as stack:
             for optimizer in watched:
-                stack.enter_context(replaced(optimizer, "apply", self._apply(optimizer, optimizer.apply)))
+                stack.enter_context(doors.replaced(optimizer, "apply", self._apply(optimizer, optimizer.apply)))
             if self._measuring:
                 stack.enter_context(self._watched_loss(model))
             yield
@@ -84,11 +85,14 @@ class Observer:
         def watched(*args, **kwargs):
             terms.clear()
             loss = compute_loss(*args, **kwargs)
-            self._losses = doors.loss_parts(model, taps.tap(loss), [taps.tap(term) for term in terms])
+            self._saw_losses(doors.loss_parts(model, taps.tap(loss), [taps.tap(term) for term in terms]))
             return loss
 
-        with replaced(model, "compute_loss", watched), doors.additional_losses(model, terms):
+        with doors.replaced(model, "compute_loss", watched), doors.additional_losses(model, terms):
             yield
+
+    def _saw_losses(self, losses: dict[str, tf.Tensor]) -> None:
+        self._losses = losses
 
     def _apply(self, optimizer, apply):
         def watched(grads, trainable_variables=None):
@@ -113,7 +117,7 @@ class Observer:
         self.paths[optimizer.name] = way if isinstance(way, str) else "fused"
         loss_scale = _loss_scale(optimizer)
         learning_rate = _learning_rate(optimizer) if self._measuring else None
-        dense = measured = scale = None
+        dense = measured = self._scale = scale = None
         if self._clip is not None or (self._measuring and isinstance(way, str)):
             dense = [_dense(g, v) for g, v in zip(gradients, variables, strict=True)]
             with tf.name_scope(phases.STATISTICS):
@@ -121,11 +125,12 @@ class Observer:
         if self._clip is not None:
             with tf.name_scope(phases.CLIP):
                 scale = tf.ensure_shape(tf.cast(self._clip(measured), tf.float64), [len(variables)])
+            self._scale = scale
 
         if isinstance(way, str):
             if scale is not None:
                 with tf.name_scope(phases.CLIP):
-                    gradients = [_scaled(g, scale[i]) for i, g in enumerate(gradients)]
+                    gradients = scaled(gradients, scale)
             before = [_value(v) for v in variables] if self._measuring else ()
             result = apply(gradients, variables if given else None)
             if not self._measuring:
@@ -244,20 +249,6 @@ def unpack(vectors: np.ndarray, roster: Roster) -> tuple[np.ndarray, np.ndarray,
     )
 
 
-@contextlib.contextmanager
-def replaced(owner, name: str, function) -> Iterator[None]:
-    """An attribute of the instance for a while, past the tracking `__setattr__` of Keras."""
-    before = owner.__dict__.get(name)
-    owner.__dict__[name] = function
-    try:
-        yield
-    finally:
-        if before is None:
-            del owner.__dict__[name]
-        else:
-            owner.__dict__[name] = before
-
-
 def _measured_after(optimizer, variables, before, gradients, kernels: bool) -> fused.Observation:
     """What the optimizer's own `apply` did: the generic path, right for any optimizer."""
     after = [_value(v) for v in variables]
@@ -307,6 +298,11 @@ def _dense(gradient, variable) -> tf.Tensor | None:
         gradient = tf.math.unsorted_segment_sum(gradient.values, gradient.indices, variable.shape[0])
     gradient = taps.tap(gradient)
     return gradient if gradient is None or gradient.shape == variable.shape else tf.reshape(gradient, variable.shape)
+
+
+def scaled(gradients: Sequence, scale: tf.Tensor) -> list:
+    """Each gradient times its own scale, [P]; None stays None."""
+    return [_scaled(gradient, scale[i]) for i, gradient in enumerate(gradients)]
 
 
 def _scaled(gradient, scale: tf.Tensor):

@@ -22,8 +22,8 @@ import tensorflow as tf
 from trainrt import doors, taps
 from trainrt.bits import STAGES
 from trainrt.digest import FIRST, GOLDEN, SECOND, digest
+from trainrt.doors import replaced
 from trainrt.record import unique
-from trainrt.update import replaced
 
 LAST_DOUBLING = 1024
 """Variables are digested after steps 1, 2, 4, ... up to this many, and then each time as many have run."""

@@ -1,0 +1,161 @@
+"""What tests/test_distribute.py runs in processes of its own: one tf.distribute strategy lives in a process.
+
+    python replicas_script.py DEVICES CASE...
+
+Under TF_CONFIG the strategy is a MultiWorkerMirroredStrategy, else a MirroredStrategy over so many logical CPUs; 1 is
+no strategy at all. Prints one line of JSON for each case: {"case": ..., ...}.
+"""
+
+import json
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import trainrt
+
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.1),
+    "adam": lambda: keras.optimizers.Adam(0.01),
+    "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.01),
+    "accumulating": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
+    "own_clip": lambda: keras.optimizers.SGD(0.1, global_clipnorm=0.3),
+    "scaled": lambda: keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(0.01), initial_scale=8.0, dynamic_growth_steps=5
+    ),
+    "averaged": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_overwrite_frequency=3),
+}
+
+
+def strategy(devices: int) -> tf.distribute.Strategy:
+    if "TF_CONFIG" in os.environ:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    if devices == 1:
+        return tf.distribute.get_strategy()
+    host = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(host, [tf.config.LogicalDeviceConfiguration()] * devices)
+    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(devices)])
+
+
+def data(samples=240):
+    x = np.random.default_rng(0).normal(size=(samples, 16)).astype(np.float32)
+    return x, x[:, :4].argmax(axis=1)
+
+
+def classifier(scope, optimizer, *layers, **compiled):
+    keras.utils.set_random_seed(1)
+    with scope.scope():
+        model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(24, "relu", name="hidden"), *layers])
+        model.add(keras.layers.Dense(4, kernel_regularizer="l2"))
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(OPTIMIZERS[optimizer](), loss, metrics=["accuracy"], **compiled)
+    return model
+
+
+def trained(model, **arguments) -> dict:
+    x, y = data()
+    given = {"batch_size": 24, "epochs": 3, "verbose": 0, "validation_data": (x[:48], y[:48])}
+    history = trainrt.fit(model, x, y, **{**given, **arguments})
+    run = history.run
+    return {
+        "weights": np.concatenate([np.ravel(w) for w in model.get_weights()]).tolist(),
+        "history": {name: [float(v) for v in values] for name, values in history.history.items()},
+        "gradient_norm": run.scalar("gradient_norm").tolist(),
+        "clipped_gradient_norm": run.scalar("clipped_gradient_norm").tolist(),
+        "loss": run.scalar("loss").tolist(),
+        "steps": [int(s) for s in run.steps[:, 0]],
+        "replicas": run.document("replicas"),
+        "findings": [finding.to_dict() for finding in history.findings],
+        "path": None if run.path is None else str(run.path),
+        "end": run.end,
+    }
+
+
+def equal(scope, optimizer, clip):
+    return trained(classifier(scope, optimizer), clip=float(clip) or None)
+
+
+def masks(scope):
+    """One row of ones a replica, through dropout: an element of the gradient is zero where every mask is."""
+    n = scope.num_replicas_in_sync
+    keras.utils.set_random_seed(1)
+    with scope.scope():
+        model = keras.Sequential(
+            [keras.Input((4096,)), keras.layers.Dropout(0.5), keras.layers.Dense(1, use_bias=False)]
+        )
+        model.compile("sgd", lambda y, p: tf.reduce_mean(p, axis=-1))
+    ones = np.ones((n * 4, 4096), np.float32)
+    run = trainrt.fit(model, ones, ones[:, 0], batch_size=n, shuffle=False, verbose=0).run
+    return {"zero_share": run["gradient_zero_share"][:, 0].tolist()}
+
+
+class Spoils(keras.callbacks.Callback):
+    """Changes one element of a weight on the last replica alone, at the end of the first epoch."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        last = self.model.layers[0].kernel.value.values[-1]
+        here = json.loads(os.environ.get("TF_CONFIG", "{}")).get("task", {}).get("index", None)
+        if epoch == 0 and here in (None, 1):
+            last.scatter_nd_add([[0, 0]], [1e-7])
+
+
+def drift(scope):
+    return trained(classifier(scope, "sgd", keras.layers.BatchNormalization(name="norm")), callbacks=[Spoils()])
+
+
+def listening(scope):
+    """Every batch has a listener, and the data are of unknown length."""
+    seen = []
+    x, y = data()
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).filter(lambda x, y: True).batch(24)
+    listener = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(logs["loss"]))
+    model = classifier(scope, "sgd")
+    history = trainrt.fit(model, dataset, epochs=2, verbose=0, callbacks=[listener], observe=2)
+    return {"batches": len(seen), "steps": [int(s) for s in history.run.steps[:, 0]], "last": float(seen[-1])}
+
+
+class Custom(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(4)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def train_step(self, batch):
+        x, y = batch
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
+        return {"loss": loss}
+
+
+def custom(scope):
+    keras.utils.set_random_seed(1)
+    with scope.scope():
+        model = Custom()
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), steps_per_execution=4)
+    x, y = data()
+    run = trainrt.fit(model, x, y, batch_size=24, verbose=0, clip=0.5, shuffle=False).run
+    weights = np.concatenate([np.ravel(w) for w in model.get_weights()]).tolist()
+    return {"weights": weights, "gradient_norm": run.scalar("gradient_norm").tolist()}
+
+
+def recorded(scope, logdir):
+    return trained(classifier(scope, "sgd"), logdir=logdir, epochs=1)
+
+
+def main(devices, *cases):
+    scope = strategy(int(devices))
+    for case in cases:
+        name, *arguments = case.split(":")
+        print(json.dumps({"case": case, **globals()[name](scope, *arguments)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

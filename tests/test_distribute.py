@@ -1,0 +1,117 @@
+"""Several replicas train as one device with the whole batch does. Each strategy has processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import replicas_script as script
+
+SCRIPT = Path(script.__file__)
+EQUAL = 1e-5
+"""Most that a weight may differ from the one-device twin: sums in another order, 30 steps long."""
+
+
+def _run(devices: int, *cases: str) -> dict[str, dict]:
+    """Case -> what it printed, all in one process."""
+    command = [sys.executable, str(SCRIPT), str(devices), *cases]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("TF_CONFIG", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return _answers(done.stdout)
+
+
+def _answers(output: str) -> dict[str, dict]:
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"case"')]
+    return {line["case"]: line for line in lines}
+
+
+QUICK = ("equal:accumulating:0.3", "custom")
+EVERY = tuple(
+    f"equal:{optimizer}:{clip}"
+    for optimizer in script.OPTIMIZERS
+    for clip in (0, 0.3)
+    if not (clip and optimizer == "own_clip")
+)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return _run(1, *QUICK)
+
+
+@pytest.fixture(scope="module")
+def two():
+    return _run(2, *QUICK, "masks", "drift", "listening")
+
+
+def _same_training(ours: dict, theirs: dict) -> None:
+    np.testing.assert_allclose(ours["weights"], theirs["weights"], atol=EQUAL, rtol=0)
+    np.testing.assert_allclose(ours["gradient_norm"], theirs["gradient_norm"], rtol=1e-4)
+    for name in ("clipped_gradient_norm", "loss"):
+        if name in theirs:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4)
+    for name, values in theirs.get("history", {}).items():
+        np.testing.assert_allclose(ours["history"][name], values, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_two_replicas_train_as_one_device_with_the_whole_batch(alone, two, case):
+    _same_training(two[case], alone[case])
+
+
+def test_the_clip_bounds_the_sum_of_the_gradients(two):
+    norms = np.array(two["equal:accumulating:0.3"]["clipped_gradient_norm"])
+    assert (np.array(two["equal:accumulating:0.3"]["gradient_norm"]) > 0.3).all()
+    np.testing.assert_allclose(norms, 0.3, rtol=1e-5)
+
+
+def test_dropout_draws_another_mask_on_each_replica(two):
+    shares = np.array(two["masks"]["zero_share"])
+    # One mask for both would leave half of the gradient zero, two masks a quarter; the spread of 4096 draws is 0.007.
+    np.testing.assert_allclose(shares, 0.25, atol=0.05)
+    assert len(set(shares.tolist())) > 1
+
+
+def test_replicas_that_stay_together_are_proven_to(two):
+    proof = two["equal:accumulating:0.3"]["replicas"]
+    assert proof["drift"] is None
+    assert proof["comparisons"] >= 3
+    assert proof["identical_until"] == two["equal:accumulating:0.3"]["steps"][-1]
+    assert not two["equal:accumulating:0.3"]["findings"]
+
+
+def _findings_of_replicas(case: dict) -> dict[str, dict]:
+    return {f["severity"]: f for f in case["findings"] if f["rule"] == "replicas"}
+
+
+def test_a_replica_that_drifts_is_a_finding_that_names_it(two):
+    finding = _findings_of_replicas(two["drift"])["error"]
+    assert finding["causes"] == ["replica_drift"]
+    assert finding["evidence"]["replicas"] == [1]
+    assert finding["where"][0].endswith("hidden/kernel")
+    assert finding["steps"][0] == 10, "the first epoch of 10 steps ended with identical replicas"
+
+
+def test_a_layer_with_statistics_of_its_own_is_named_and_no_drift(two):
+    finding = _findings_of_replicas(two["drift"])["info"]
+    assert finding["where"][0].endswith("norm")
+    assert not any("norm/moving" in path for path in _findings_of_replicas(two["drift"])["error"]["where"])
+
+
+def test_listeners_hear_every_batch_of_data_of_unknown_length(two):
+    heard = two["listening"]
+    assert heard["batches"] == 20
+    assert heard["steps"] == list(range(0, 20, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_every_optimizer_trains_as_on_one_device(devices):
+    ours, theirs = _run(devices, *EVERY), _run(1, *EVERY)
+    for case in EVERY:
+        _same_training(ours[case], theirs[case])

@@ -1,0 +1,186 @@
+"""What replicas and workers have to have in common while they train, and the proof that they do.
+
+Replicas hold copies of the weights, the optimizer's state and the seeds. The same sums and the same arithmetic on each
+keep them equal; nothing in TensorFlow looks. Here every copy is digested (`digest.py`) at chunk ends, and one that has
+drifted is told by name. Workers, which are processes, also have to make the same calls in the same order, or they wait
+for each other for ever: how many steps a call takes and when to stop are settled together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainrt import doors, replicas
+from trainrt.digest import digest
+
+COMPARE_SHARE = 0.02
+"""Most of the training's time that digests may take; the end of an epoch is compared all the same."""
+
+LISTED = 20
+"""Most variables that a document names."""
+
+
+class Seat(NamedTuple):
+    """A worker's place among all: `worker` of `workers`; the one numbered 0 writes the record."""
+
+    worker: int
+    workers: int
+
+
+def seat(strategy: tf.distribute.Strategy) -> Seat:
+    """Where this process sits in the strategy's cluster."""
+    resolver = getattr(strategy, "cluster_resolver", None)
+    if resolver is None or not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return Seat(0, 1)
+    cluster = resolver.cluster_spec().as_dict()
+    chiefs, workers = len(cluster.get("chief", ())), len(cluster.get("worker", ()))
+    if chiefs + workers < 2:
+        return Seat(0, 1)
+    return Seat(int(resolver.task_id or 0) + (chiefs if resolver.task_type == "worker" else 0), chiefs + workers)
+
+
+class Lockstep:
+    """Keeps the replicas of one training together, and proves that they are.
+
+    Attributes:
+      seat: Where this worker sits.
+      calls: How many executions the next call takes, as the workers agreed; None where a worker decides for itself.
+    """
+
+    def __init__(self, model: keras.Model):
+        self._model = model
+        self._strategy = model.distribute_strategy
+        self.seat = seat(self._strategy)
+        self.calls: int | None = 1 if self.seat.workers > 1 else None
+        self._sum = tf.function(self._summed)
+        self._due = True
+        self._compared_at = time.monotonic()
+        self._next = 0.0
+        self._checks = 0
+        self._identical_until = -1
+        self._drift: dict[str, Any] | None = None
+
+    def settle(self, calls: int) -> None:
+        """Agrees with the other workers, after a call, on what comes next.
+
+        Args:
+          calls: How many executions this worker would run in the next call; the least of all is `self.calls`.
+        """
+        self._due = time.monotonic() >= self._next
+        if self.seat.workers > 1:
+            rows = self.exchange([bool(self._model.stop_training), calls, self._due])
+            self._model.stop_training = bool(rows[:, 0].any())
+            self.calls = int(rows[:, 1].min())
+            self._due = bool(rows[0, 2])
+
+    def compare(self, step: int, at_once: bool = False) -> bool:
+        """Compares all replicas after a step, where that is due; returns whether something new is to be told."""
+        if not (self._due or at_once) or self._drift is not None:
+            return False
+        begun = time.monotonic()
+        variables = self._variables()
+        local = self._strategy.num_replicas_in_sync // self.seat.workers
+        digests = np.array([[digest(copies[i].numpy()) for _, copies in variables] for i in range(local)], np.uint64)
+        everywhere = self._exchange_rows(digests.view(np.int64))
+        first = not self._checks
+        self._checks += 1
+        drifted = _odd_ones_out(everywhere)
+        if drifted:
+            self._drift = {
+                "step": step,
+                "identical_until": self._identical_until,
+                "count": len(drifted),
+                "variables": [
+                    {"path": variables[v][0], "replicas": [int(i) for i in odd]}
+                    for v, odd in list(drifted.items())[:LISTED]
+                ],
+            }
+        else:
+            self._identical_until = step
+        took = time.monotonic() - begun
+        self._next = time.monotonic() + took / COMPARE_SHARE
+        return first or bool(drifted)
+
+    def content(self) -> dict[str, Any]:
+        """What is known of the replicas, for the document "replicas" of the record."""
+        return {
+            "strategy": type(self._strategy).__name__,
+            "replicas": self._strategy.num_replicas_in_sync,
+            "workers": self.seat.workers,
+            "comparisons": self._checks,
+            "identical_until": self._identical_until,
+            "drift": self._drift,
+            "batch_statistics": [layer.path for layer in _own_statistics(self._model)],
+        }
+
+    def exchange(self, numbers: Sequence[int]) -> np.ndarray:
+        """[workers, K] int64: the K numbers of every worker. All have to call it, with as many."""
+        local = self._strategy.num_replicas_in_sync // self.seat.workers
+        rows = np.zeros([local, len(numbers)], np.int64)
+        rows[0] = numbers
+        return self._exchange_rows(rows)[::local]
+
+    def _exchange_rows(self, rows: np.ndarray) -> np.ndarray:
+        """[replicas, K] int64 of all replicas, from [replicas of this worker, K]."""
+        if self.seat.workers == 1:
+            return rows
+        local = len(rows)
+        everybody = np.zeros([self._strategy.num_replicas_in_sync, rows.shape[1]], np.int64)
+        everybody[self.seat.worker * local :][:local] = rows
+        return self._sum(tf.constant(everybody)).numpy()
+
+    @tf.autograph.experimental.do_not_convert
+    def _summed(self, rows: tf.Tensor) -> tf.Tensor:
+        """The sum over workers of what each gives."""
+        local = self._strategy.num_replicas_in_sync // self.seat.workers
+
+        def on_replica():
+            context = tf.distribute.get_replica_context()
+            mine = rows if replicas.number() % local == 0 else tf.zeros_like(rows)
+            return context.all_reduce("SUM", mine)
+
+        return self._strategy.experimental_local_results(self._strategy.run(on_replica))[0]
+
+    def _variables(self) -> list[tuple[str, Sequence[tf.Variable]]]:
+        """(path, copies) of the variables that have to be the same on every replica.
+
+        Not so are the sums of metrics, and the moving averages of a BatchNormalization that is not synchronised: in
+        Keras 3 each replica keeps its own, from its own shares of the batches.
+        """
+        own = {id(doors.raw(v)) for layer in _own_statistics(self._model) for v in layer.non_trainable_variables}
+        optimizers = doors.optimizers(self._model)
+        found: dict[int, Any] = {}
+        for variable in (*self._model.variables, *(v for o in optimizers for v in o.variables)):
+            raw = doors.raw(variable)
+            if (
+                id(raw) not in own
+                and hasattr(raw, "values")
+                and raw.synchronization != tf.VariableSynchronization.ON_READ
+            ):
+                found.setdefault(id(raw), (getattr(variable, "path", raw.name), raw.values))
+        return list(found.values())
+
+
+def _odd_ones_out(digests: np.ndarray) -> dict[int, np.ndarray]:
+    """Variable -> the replicas whose digest is not that of the most (of the first, where two are as many)."""
+    odd = {}
+    for v in np.flatnonzero((digests != digests[:1]).any(axis=0)):
+        values, first, counts = np.unique(digests[:, v], return_index=True, return_counts=True)
+        usual = values[max(range(len(values)), key=lambda i: (counts[i], -first[i]))]
+        odd[int(v)] = np.flatnonzero(digests[:, v] != usual)
+    return odd
+
+
+def _own_statistics(model: keras.Model) -> list[keras.Layer]:
+    """Layers that normalise by the statistics of their replica's share of the batch."""
+    return [
+        layer
+        for layer in doors.layers_of(model)
+        if isinstance(layer, keras.layers.BatchNormalization) and not layer.synchronized
+    ]
