@@ -33,6 +33,8 @@ MIN_STEPS = 20
 HIGH_STEPS = 5
 LEARNT = 0.5
 """A loss that fell by more than this share of its first level is not held back."""
+THROWS = 0.5
+"""A step of half a kernel's size leaves little of its start."""
 LEARNT_SKILL = 0.6
 """Skill from which on the steps are nobody's business; see `outcome`."""
 LATE = 0.25
@@ -216,7 +218,7 @@ def _too_high(run: Run, ratio: np.ndarray, seen: np.ndarray, trend: Trend) -> Fi
     return _finding(
         run,
         "error",
-        0.85 if weights else 0.6,
+        0.85 if weights and (rose or regressed or top > THROWS) else 0.7 if weights else 0.6,
         ("lr_too_high", "exploding_gradient", "inputs_unnormalised", *(() if weights else ("unstable_loss",))),
         weights,
         f"{at} is too high: {moved}, and the loss went from {trend.start:.4g} to {trend.last:.4g} "

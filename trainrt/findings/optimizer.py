@@ -211,6 +211,47 @@ def slow_optimizer(run: Run) -> Iterator[Finding]:
 
 
 @rule
+def lost_updates(run: Run) -> Iterator[Finding]:
+    """Updates that are lost in the rounding of the weights' dtype.
+
+    Means:   for weights of 16 bits, half of the elements or more have a gradient and stay as they are, mostly, and
+             the model learnt little.
+    Matters: an update under half of the spacing of the weight's dtype (2^-8 of it in bfloat16, 2^-10 in float16) is
+             rounded to nothing, however many steps follow.
+    Try:     weights in float32: mixed precision, not pure 16 bits; or larger steps.
+    Source:  Micikevicius et al., Mixed precision training, 2018, section 3.1.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> [finding.causes[0] for finding in lost_updates(stuck(dtype="bfloat16", parameters=2, rounded_share=0.9))]
+    ['update_rounding']
+    >>> list(lost_updates(learning(dtype="bfloat16", parameters=2, rounded_share=0.9)))
+    []
+    """
+    low = [p for p, parameter in enumerate(run.roster.parameters) if parameter.dtype in ("bfloat16", "float16")]
+    if not low or not outcome(run).poor(POOR):
+        return
+    share = run.joint("rounded")[:, low] / run.moments(UPDATE).count[:, low]
+    typical = [percentile(share[:, i], 50) for i in range(len(low))]
+    lost = [p for p, each in zip(low, typical, strict=True) if each > 0.5]
+    if not lost or percentile(np.array(typical), 50) < 0.5:
+        return
+    dtype = run.roster.parameters[lost[0]].dtype
+    yield about(
+        run,
+        "lost_updates",
+        "error",
+        0.9,
+        ("update_rounding", "lr_too_low"),
+        f"{percentile(np.array(typical), 50):.0%} of the elements in {dtype} have a gradient and stay as "
+        "they are: the updates "
+        "are under the spacing of their dtype.",
+        {"rounded_share": float(np.nanmedian(typical)), "threshold": 0.5},
+        ("Keep the weights in float32: keras.mixed_precision.set_global_policy('mixed_bfloat16').",),
+        where=tuple(run.roster.parameters[p].path for p in lost),
+    )
+
+
+@rule
 def collapsing_loss_scale(run: Run) -> Iterator[Finding]:
     """A loss scale that falls and falls: step after step is skipped.
 
