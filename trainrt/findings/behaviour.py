@@ -12,7 +12,7 @@ from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
-from trainrt.findings.series import loss_trend, percentile, scalar
+from trainrt.findings.series import falls_late, loss_trend, percentile, scalar
 from trainrt.record import WEIGHT
 from trainrt.run import Run
 
@@ -209,7 +209,7 @@ def stagnation(run: Run) -> Iterator[Finding]:
     []
     """
     ended, trend = outcome(run), loss_trend(run)
-    if not ended.poor(NOTHING) or _falls_late(run):
+    if not ended.poor(NOTHING) or not ended.far or falls_late(run):
         return
     moves = abs(trend.fall) > 0.3
     rate = percentile(scalar(run, "learning_rate"), 50)
@@ -235,12 +235,3 @@ def stagnation(run: Run) -> Iterator[Finding]:
             f"Try a tenth and ten times of the learning rate ({rate:.3g}).",
         ),
     )
-
-
-def _falls_late(run: Run) -> bool:
-    """Whether the loss still falls in the second half, by a twentieth and beyond its noise: a run that needs time."""
-    loss = scalar(run, "data_loss") if np.isfinite(scalar(run, "data_loss")).any() else scalar(run, "loss")
-    quarters = [percentile(part, 50) for part in np.array_split(loss, 4)] if len(loss) >= 20 else [math.nan] * 4
-    fall = quarters[1] - quarters[3]
-    noise = loss_trend(run).noise / math.sqrt(max(len(loss) / 4, 1))
-    return bool(fall > max(4 * noise, 0.05 * abs(quarters[1])))

@@ -242,7 +242,8 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
                 ("Look at the inputs: x.min(), x.max(), x.std(axis=0). Are they all zero, or of one sign and huge?",),
             )
     kind = _activation(view.run, layer)
-    if kind in ("sigmoid", "tanh", "hard_sigmoid", "softmax", "softsign"):
+    # Where the bias is pushed and the kernel is not, its inputs are zero: the layer before is off.
+    if kind in ("sigmoid", "tanh", "hard_sigmoid", "softmax", "softsign") and not any(pushed[q] > 0 for q in mates):
         return _Reason(
             "saturated",
             ("saturated_activation", "bad_init", "lr_too_high"),

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from trainrt.findings import program
-from trainrt.findings.series import loss_trend, scalar
+from trainrt.findings.series import falls_late, loss_trend, scalar
 from trainrt.run import Run
 
 NAN = float("nan")
@@ -28,6 +28,7 @@ ACCURACIES = ("accuracy", "acc", "categorical_accuracy", "sparse_categorical_acc
 SQUARED = ("mse", "mean_squared_error")
 ABSOLUTE = ("mae", "mean_absolute_error")
 FEW = 3
+EPOCHS, STEPS = 5, 500
 HALF = 0.5
 """Share of the epochs asked for after which a run may be judged by how far it came."""
 
@@ -40,7 +41,8 @@ class Outcome:
     best: Best validation skill of any epoch.
     constant: Loss of the best constant prediction of the training targets; NaN where it is not known.
     data_loss: The loss at the end, without regularisers.
-    settled: Whether enough of the run is over to judge it by this.
+    settled: Whether the run may be judged by this: enough of it is over, or its loss stands still.
+    far: Whether enough of it is over.
     kind: "classes", "numbers" or "".
     """
 
@@ -50,6 +52,7 @@ class Outcome:
     constant: float
     data_loss: float
     settled: bool
+    far: bool
     kind: str
 
     @property
@@ -76,16 +79,18 @@ def _outcome(run: Run) -> Outcome:
     done = len(run.epochs)
     # A run that was interrupted has shown something after a few epochs.
     over = run.end is not None and (run.end.get("how") in ("finished", "stopped") or done >= FEW)
-    settled = over or not planned > 0 or done >= HALF * planned
+    far = over or not planned > 0 or done >= HALF * planned
+    # What stands still for so long may be judged while it trains.
+    settled = far or (done >= EPOCHS and run.steps[-1, 1] >= STEPS and not falls_late(run))
     if not done:
-        return Outcome(NAN, NAN, NAN, constant_loss(run, "train"), data_loss, settled and run.end is not None, "")
+        return Outcome(NAN, NAN, NAN, constant_loss(run, "train"), data_loss, settled and run.end is not None, far, "")
     last = run.epochs[-1].logs
     extra = max(0.0, _regulariser(run))
     train, kind = _skill(run, last, "", "train", extra)
     validation, _ = _skill(run, last, "val_", "validation", extra)
     each = [_skill(run, epoch.logs, "val_", "validation", extra)[0] for epoch in run.epochs]
     best = max((value for value in each if math.isfinite(value)), default=NAN)
-    return Outcome(train, validation, best, constant_loss(run, "train"), data_loss, settled, kind)
+    return Outcome(train, validation, best, constant_loss(run, "train"), data_loss, settled, far, kind)
 
 
 def _regulariser(run: Run) -> float:

@@ -117,6 +117,17 @@ def _loss_trend(run: Run) -> Trend:
     return Trend(known[0], last, known.min(), known.max(), float(finite[0]), float(np.nan_to_num(noise)))
 
 
+def falls_late(run: Run) -> bool:
+    """Whether the loss still falls in the second half, by a twentieth and beyond its noise: a run that needs time."""
+    loss = scalar(run, "data_loss") if np.isfinite(scalar(run, "data_loss")).any() else scalar(run, "loss")
+    if len(loss) < 20:
+        return False
+    quarters = [percentile(part, 50) for part in np.array_split(loss, 4)]
+    fall = quarters[1] - quarters[3]
+    noise = loss_trend(run).noise / np.sqrt(len(loss) / 4)
+    return bool(fall > max(4 * noise, 0.05 * abs(quarters[1])))
+
+
 def _reduce(function: np.ufunc, values: np.ndarray) -> np.ndarray:
     """[T] of [T, P], NaN left out; NaN where a window has nothing else."""
     return function.reduce(values, axis=1) if values.shape[1] else np.full(len(values), np.nan)
