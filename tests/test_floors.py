@@ -17,7 +17,7 @@ FLOORS = (
     {"fused", "comparison", "anatomy", "trace"},
     {"update", "reference"},
     {"determinism", "replicas"},
-    {"sinks", "step", "lockstep", "batches", "environment", "pace", "look"},
+    {"sinks", "step", "lockstep", "batches", "environment", "pace", "look", "timing", "telemetry", "retracing"},
     {"recorder", "arguments", "probe"},
     {"journal"},
     {"loop"},

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from trainrt.audit import Audit
@@ -80,9 +81,11 @@ class Journal(contextlib.AbstractContextManager):
         roster = roster or Roster((), (), ())
         self._recorder = Recorder(roster, environment, self._sinks, RECORD_BYTES)
 
-    def push(self, first: int, every: int, vectors: tf.Tensor, begun: float, ended: float) -> None:
+    def push(
+        self, first: int, every: int, vectors: tf.Tensor, begun: float, ended: float, times: np.ndarray | None = None
+    ) -> None:
         assert self._recorder is not None, "open() comes first"
-        self._recorder.push(first, every, vectors, begun, ended)
+        self._recorder.push(first, every, vectors, begun, ended, times)
         self._last_step = first + int(vectors.shape[0]) - 1
         if self._audit.draft_due:
             self.document("data", self._audit.passport)

@@ -6,13 +6,13 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from trainrt import arguments, doors, environment, fused, native, replicas
+from trainrt import arguments, doors, environment, fused, native, replicas, timing
 from trainrt.arguments import Request
 from trainrt.audit import Audit
 from trainrt.batches import Batches, Execution
@@ -25,8 +25,10 @@ from trainrt.pace import Pace, listens_to_batches
 from trainrt.phases import Scopes
 from trainrt.probe import Prober
 from trainrt.record import Epoch
+from trainrt.retracing import Retracing
 from trainrt.sinks import Sink
 from trainrt.step import Step
+from trainrt.telemetry import Telemetry
 from trainrt.trace import Tracing
 from trainrt.trace import step as marked_step
 
@@ -148,23 +150,29 @@ def fit(
     if model.built:
         arguments.check_trainable(model, request)
     training = _Training(model, batches, callbacks, request, given, watched, mode)
-    with training.journal, training.tracing:
+    clock = training.timing
+    with training.journal, training.measuring(), training.tracing:
         model.stop_training = False
         model.make_train_function()
-        callbacks.on_train_begin()
+        with clock.of("callbacks"):
+            callbacks.on_train_begin()
         training_logs = None
         for epoch in range(doors.initial_epoch(model, initial_epoch), epochs):
             model.reset_metrics()
-            callbacks.on_epoch_begin(epoch)
+            with clock.of("callbacks"):
+                callbacks.on_epoch_begin(epoch)
             epoch_logs = training.epoch()
             if validation_data is not None and doors.should_evaluate(model, epoch, validation_freq):
-                validation = _validate(
-                    model, validation_data, validation_batch_size or batch_size, validation_steps, callbacks, watched
-                )
+                size = validation_batch_size or batch_size
+                with clock.of("validation"):
+                    validation = _validate(model, validation_data, size, validation_steps, callbacks, watched)
                 epoch_logs.update({f"val_{name}": value for name, value in validation.items()})
-            callbacks.on_epoch_end(epoch, epoch_logs)
+            with clock.of("callbacks"):
+                callbacks.on_epoch_end(epoch, epoch_logs)
             training.ledger.variables(training.step)
-            training.journal.epoch(Epoch(epoch, training.step - 1, floats(epoch_logs)))
+            with clock.of("writing"):
+                training.journal.epoch(Epoch(epoch, training.step - 1, floats(epoch_logs)))
+                training.time(only_if_due=True)
             training_logs = epoch_logs
             if verbose:
                 training.journal.tell()
@@ -174,7 +182,8 @@ def fit(
         if isinstance(model.optimizer, keras.optimizers.Optimizer) and epochs > 0:
             model.optimizer.finalize_variable_values(model.trainable_weights)
         doors.drop_evaluation_iterator(model)
-        callbacks.on_train_end(logs=training_logs)
+        with clock.of("callbacks"):
+            callbacks.on_train_end(logs=training_logs)
         training.finished()
     history = model.history
     history.run, history.findings = training.journal.run, training.journal.findings
@@ -190,6 +199,15 @@ def _validate(model, data, batch_size, steps, callbacks, watched: Audit) -> dict
         doors.set_evaluation_iterator(model, doors.evaluation_iterator(model, steps_per_epoch=steps, **arrays))
     with watched.validating(doors.evaluation_iterator_of(model)):
         return doors.evaluate(model, steps=steps, callbacks=callbacks, **arrays)
+
+
+def _own_memory() -> list[dict[str, float]]:
+    """What TensorFlow itself has allocated on each GPU, and the most so far."""
+    found = []
+    for device in tf.config.list_logical_devices("GPU"):
+        told = tf.config.experimental.get_memory_info(device.name.removeprefix("/device:"))
+        found.append({"tf_bytes": float(told["current"]), "tf_peak_bytes": float(told["peak"])})
+    return found
 
 
 class _Training:
@@ -228,6 +246,8 @@ class _Training:
         self.journal = Journal(
             request.logdir if writes else None, request.sinks if writes else (), watched, self._weights
         )
+        self.retracing = Retracing(lambda: self.step)
+        self.timing = timing.Timing(timing.kind(given["x"]), timing.stages(given["x"]))
         self.probe = Prober(
             model,
             lambda: batches.arrays,
@@ -239,13 +259,35 @@ class _Training:
             request.trace, self.journal.path, self.journal.document, self._scopes, model.steps_per_execution
         )
 
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Watches the machine and the clock while the context lasts, where anything is observed."""
+        if not self._request.every:
+            yield
+            return
+        try:
+            with (
+                Telemetry(self.journal.document, lambda: self.step, self.timing.glance, _own_memory),
+                self.retracing.watch(),
+            ):
+                yield
+        finally:
+            self.time()
+
+    def time(self, only_if_due: bool = False) -> None:
+        """Tells where the time went so far."""
+        if self._request.every and (self.timing.due or not only_if_due):
+            told = {**self.timing.told(), "retraced": self.retracing.told()}
+            self.journal.document("timing", lambda: told)
+
     def epoch(self) -> dict:
         """Trains on one epoch; returns its logs as Keras reports them."""
         model, callbacks, per = self._model, self._callbacks, self._model.steps_per_execution
         epoch = self._batches.epoch()
         place = next(epoch, None)
         while place is not None:
-            callbacks.on_train_batch_begin(place.begin)
+            with self.timing.of("callbacks"):
+                callbacks.on_train_batch_begin(place.begin)
             executions = self._executions(place)
             before = self.step
             count = self._run(place, executions * per)
@@ -254,7 +296,8 @@ class _Training:
             if ran < executions:
                 self._overrun(place.iterator)
             if ran:
-                callbacks.on_train_batch_end(place.begin + ran * per - 1, self._logs)
+                with self.timing.of("callbacks"):
+                    callbacks.on_train_batch_end(place.begin + ran * per - 1, self._logs)
                 self._keep_together()
                 if model.stop_training:
                     break
@@ -262,7 +305,8 @@ class _Training:
                 place = epoch.send((ran, ran < executions))
             except StopIteration:
                 place = None
-        self.tracing.stop()
+        with self.timing.of("trace"):
+            self.tracing.stop()
         if not self.step:
             raise ValueError(
                 "The data ended before the first batch, so nothing was trained. "
@@ -329,10 +373,13 @@ class _Training:
         if doors.makes_own_train_function(self._model):
             return self._run_own(place.iterator, count)
         if self._step is None:
-            self._step = self._prepared(place.iterator)
+            with self.timing.of("first_call"):
+                self._step = self._prepared(place.iterator)
             self._begun_with = self._weights()
-        self.probe.before(self.step)
-        singly, marked = self.tracing.singly(self.step), self.tracing.begin(self.step)
+        with self.timing.of("probe"):
+            self.probe.before(self.step)
+        with self.timing.of("trace"):
+            singly, marked = self.tracing.singly(self.step), self.tracing.begin(self.step)
         begun = time.time()
         try:
             outcome = self._step.run(place.iterator, self.step, count, singly, marked)
@@ -343,14 +390,19 @@ class _Training:
             self._pace.took(outcome.steps, ended - begun)
         if outcome.steps:
             self._logs = outcome.logs
-            self._open()
+            times = self.timing.call(self.step, outcome.steps, begun, ended, outcome.clock)
+            with self.timing.of("first_call"):
+                self._open()
             if outcome.digests is not None and self._step:
                 self.ledger.rows(self._step.digest_names, self.step, outcome.digests)
             if outcome.vectors is not None:
-                self.journal.push(self.step, self._step.every, outcome.vectors, begun, ended)
+                with self.timing.of("writing"):
+                    self.journal.push(self.step, self._step.every, outcome.vectors, begun, ended, times)
             self.step += outcome.steps
-            self.tracing.took(self.step, outcome.steps, ended - begun)
-            self.probe.after(self.step, outcome.steps)
+            with self.timing.of("trace"):
+                self.tracing.took(self.step, outcome.steps, ended - begun)
+            with self.timing.of("probe"):
+                self.probe.after(self.step, outcome.steps)
         return outcome.steps
 
     def _prepared(self, iterator) -> Step:

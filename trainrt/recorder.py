@@ -19,8 +19,9 @@ from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, MOMENTS, Document, E
 from trainrt.sinks import Sink
 from trainrt.update import unpack
 
-HOST_SCALARS = ("gradient_norm", "clipped_gradient_norm", "step_s")
-"""Scalars that the host adds: L2 norm over all weights before and after the clip, seconds a step."""
+HOST_SCALARS = ("gradient_norm", "clipped_gradient_norm", "step_s", "input_wait_s", "between_s")
+"""Scalars that the host adds: L2 norm over all weights before and after the clip; seconds a step, those of it that the
+step waited for its batch (NaN: not known), and those between the call of the step and the one before, see `timing`."""
 
 DELIVERY_S = 1.0
 """Windows wait at most so long before they go to the sinks."""
@@ -35,6 +36,7 @@ class _Chunk(NamedTuple):
     vectors: tf.Tensor
     begun: float
     ended: float
+    times: np.ndarray | None
 
 
 class _Pending(NamedTuple):
@@ -72,9 +74,14 @@ class Recorder:
         self._thread = threading.Thread(target=self._work, name="trainrt-recorder", daemon=True)
         self._thread.start()
 
-    def push(self, first: int, every: int, vectors: tf.Tensor, begun: float, ended: float) -> None:
-        """A chunk of steps, the first one numbered `first`, that ran from `begun` to `ended` (seconds since 1970)."""
-        self._queue.put(_Chunk(first, every, vectors, begun, ended))
+    def push(
+        self, first: int, every: int, vectors: tf.Tensor, begun: float, ended: float, times: np.ndarray | None = None
+    ) -> None:
+        """A chunk of steps, the first one numbered `first`, that ran from `begun` to `ended` (seconds since 1970).
+
+        `times`: [steps, 3] as `Timing.call` returns them; None: nothing is known of single steps.
+        """
+        self._queue.put(_Chunk(first, every, vectors, begun, ended, times))
 
     def epoch(self, epoch: Epoch) -> None:
         self._queue.put(epoch)
@@ -133,15 +140,18 @@ class Recorder:
         """A chunk as windows of one step."""
         vectors = np.asarray(chunk.vectors)
         numbers = np.arange(chunk.first, chunk.first + len(vectors))
-        step_s = (chunk.ended - chunk.begun) / max(len(vectors), 1)
-        times = chunk.begun + step_s * np.arange(1, len(vectors) + 1)
+        spent = chunk.times
+        if spent is None:
+            spent = np.full((len(vectors), 3), np.nan)
+            spent[:, 0] = (chunk.ended - chunk.begun) / max(len(vectors), 1)
+        times = chunk.begun + np.cumsum(spent[:, 0])
         seen = numbers % chunk.every == 0
         moments, joint, scalars = unpack(vectors[seen], self._device_roster)
         subjects = {
             name: Moments.from_device(moments[:, :, i]).array for i, name in enumerate(self._device_roster.subjects)
         }
         norm, clipped = _global_norms(moments[:, :, self._device_roster.subjects.index(GRADIENT)], joint)
-        host = np.stack([norm, clipped, np.full(len(norm), step_s)], axis=1)
+        host = np.concatenate([np.stack([norm, clipped], axis=1), spent[seen]], axis=1)
         values = np.concatenate([scalars, host], axis=1)
         steps = numbers[seen].astype(np.int64)
         return Record(

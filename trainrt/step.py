@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from trainrt import doors, native, phases, replicas, resident, trace
@@ -33,12 +35,15 @@ class Outcome(NamedTuple):
       vectors: [steps, D] float64, a row a step as `Observer.pack` made it, zeros for a step not observed; None when
         nothing is observed.
       digests: [steps, 2N] float64, a row a step as `Collector.row` made it; None when none are asked for.
+      clock: [steps, 2] seconds since 1970: when the batch of a step was there, 0 where the step gathers it by itself;
+        and when the step was done. None when nothing is observed. On a GPU "done" is when its kernels were launched.
     """
 
     steps: int
     logs: dict | None
     vectors: tf.Tensor | None
     digests: tf.Tensor | None = None
+    clock: np.ndarray | None = None
 
 
 class Step:
@@ -186,16 +191,17 @@ class Step:
             most = tf.constant(min(steps, iterator.left))
             batch = tf.constant(iterator.batch, tf.int64)
             chunk = self._gathering(iterator, self._gathered, None)
-            count, logs, vectors = chunk(iterator.arrays, iterator.order, batch, begin, most)
+            count, logs, vectors, clock = chunk(iterator.arrays, iterator.order, batch, begin, most)
             iterator.batch += int(count)
         else:
-            count, logs, vectors = self._chunk(iterator, begin, most)
+            count, logs, vectors, clock = self._chunk(iterator, begin, most)
         ran = int(count)
-        return self._outcome(ran, logs if ran else None, vectors[:ran])
+        return self._outcome(ran, logs if ran else None, vectors[:ran], clock)
 
-    def _outcome(self, ran: int, logs, rows: tf.Tensor) -> Outcome:
+    def _outcome(self, ran: int, logs, rows: tf.Tensor, clock) -> Outcome:
         vectors = rows[:, : self._width] if self.every else None
-        return Outcome(ran, logs, vectors, rows[:, self._width :] if self._digest_every else None)
+        digests = rows[:, self._width :] if self._digest_every else None
+        return Outcome(ran, logs, vectors, digests, None if clock is None else np.stack(clock, axis=1)[:ran])
 
     def _gathering(self, epoch: resident.Epoch, method, step):
         """A method compiled for batches of this size and shape."""
@@ -212,8 +218,9 @@ class Step:
         def one(ran, train, keep):
             batch = iterator.get_next_as_optional()
             more = batch.has_value()
+            ready = _now_after(more) if self.every else None
             logs, row = tf.cond(more, lambda: train(_without_optionals(batch.get_value())), lambda: keep)
-            return more, logs, row
+            return more, ready, logs, row
 
         return self._loop(iterator.element_spec, one, first, steps)
 
@@ -223,7 +230,7 @@ class Step:
 
         def one(ran, train, keep):
             number = batch + tf.cast(ran, tf.int64)
-            return True, *train(resident.gather(arrays, order, number, batch_size, element_spec))
+            return True, None, *train(resident.gather(arrays, order, number, batch_size, element_spec))
 
         return self._loop(element_spec, one, first, steps)
 
@@ -233,10 +240,10 @@ class Step:
         return step(resident.gather(arrays, order, batch, batch_size, element_spec))
 
     def _loop(self, element_spec, one, first, steps):
-        """Steps until there are `steps` of them or the data ends -> (how many, last logs, [steps, D] vectors).
+        """Steps until there are `steps` of them or the data ends -> (how many, last logs, [steps, D] vectors, clock).
 
         Args:
-          one: (steps so far, train, keep) -> (whether there was a batch, logs, row): `train(batch)`, or `keep`.
+          one: (steps so far, train, keep) -> (whether there was a batch, when, logs, row): `train(batch)`, or `keep`.
         """
         spec = _without_optionals(element_spec)
         step = self._observed if self.every else self._plain
@@ -245,6 +252,9 @@ class Step:
         logs_spec = step.get_concrete_function(spec).structured_outputs[0]
         step, observed, plain = self._callable(step), self._callable(self._observed), self._callable(self._plain)
         rows = tf.TensorArray(tf.float64, size=steps if keeping else 0, element_shape=[self._row])
+
+        def stamps():
+            return tf.TensorArray(tf.float64, size=steps if self.every else 0, element_shape=[])
 
         def due(every, ran):
             return tf.equal((first + tf.cast(ran, tf.int64)) % every, 0)
@@ -259,25 +269,37 @@ class Step:
                 return step(data)
             return tf.cond(due(self.every, ran), lambda: observed(data), lambda: plain(data))
 
-        def body(ran, more, logs, rows):
+        def body(ran, more, logs, rows, clock):
             keep = (logs, tf.zeros([self._row], tf.float64))
-            more, logs, row = one(ran, lambda data: train(data, ran), keep)
+            more, ready, logs, row = one(ran, lambda data: train(data, ran), keep)
             if keeping:
                 rows = rows.write(ran, row)
-            return ran + tf.cast(more, tf.int32), more, logs, rows
+            if self.every:
+                clock = (
+                    clock[0] if ready is None else clock[0].write(ran, ready),
+                    clock[1].write(ran, _now_after(row)),
+                )
+            return ran + tf.cast(more, tf.int32), more, logs, rows, clock
 
-        ran, _, logs, rows = tf.while_loop(
+        ran, _, logs, rows, clock = tf.while_loop(
             lambda ran, more, *_: tf.logical_and(ran < steps, more),
             body,
-            (tf.constant(0), tf.constant(True), keras.tree.map_structure(_empty, logs_spec), rows),
+            (
+                tf.constant(0),
+                tf.constant(True),
+                keras.tree.map_structure(_empty, logs_spec),
+                rows,
+                (stamps(), stamps()),
+            ),
             shape_invariants=(
                 tf.TensorShape([]),
                 tf.TensorShape([]),
                 keras.tree.map_structure(lambda tensor: tensor.shape, logs_spec),
                 tf.TensorShape(None),
+                (tf.TensorShape(None), tf.TensorShape(None)),
             ),
         )
-        return ran, logs, rows.stack()
+        return ran, logs, rows.stack(), tuple(each.stack() for each in clock) if self.every else None
 
     def _callable(self, step):
         """What the loop calls: the compiled step, or its Python function where there are collectives in it.
@@ -301,9 +323,10 @@ class Step:
         return self._outcome(len(rows), logs, tf.concat(rows, 0)) if rows else Outcome(0, None, None)
 
     def _run_singly(self, iterator, first: int, steps: int, marked: bool) -> Outcome:
-        logs, vectors = None, []
+        logs, vectors, clock = None, [], []
         for number in range(first, first + steps):
             with trace.step(number, marked):
+                ready = 0.0
                 observed = self.every and number % self.every == 0
                 step = self._observed if observed else self._plain
                 if self._digest_every and number % self._digest_every == 0:
@@ -322,20 +345,29 @@ class Step:
                         if not batch.has_value():
                             break
                         data = _without_optionals(batch.get_value())
+                    ready = time.time()
                     logs, vector = step(data)
                 if marked:
                     _wait_for(logs)
             if observed and self.unseen:
                 self._see_nothing()
             vectors.append(vector)
+            clock.append((ready, time.time()))
         if not vectors or not (self.every or self._digest_every):
             return Outcome(len(vectors), logs, None)
-        return self._outcome(len(vectors), logs, tf.stack(vectors))
+        stamps = [np.array(each) for each in zip(*clock, strict=True)]
+        return self._outcome(len(vectors), logs, tf.stack(vectors), stamps)
 
 
 def _function(python_function, **options):
     """A `tf.function` that counts its own traces only: TensorFlow counts by code object, and warns of a fifth one."""
     return tf.function(functools.partial(python_function), reduce_retracing=True, **options)
+
+
+def _now_after(tensor) -> tf.Tensor:
+    """Seconds since 1970 once a tensor is there; of a GPU's tensor, once its kernels have been launched."""
+    with tf.control_dependencies([tensor]), tf.device("CPU"):
+        return tf.timestamp()
 
 
 def _wait_for(logs) -> None:

@@ -1,0 +1,194 @@
+"""Where the time of a training goes, told without a profiler: always on, for a few numbers a call.
+
+Many steps run in one call, and Python sees only the call. Two timestamps a step inside the compiled loop say when its
+batch was there and when it was done, so that waiting for input is told from computing, and a straggling step has a
+number. Data that the loop gathers by itself (`resident`) are never waited for. On a GPU a step is done when its kernels
+were launched, so that single steps there are those of the host; their sum over a call is right.
+
+The rest is measured around the calls: callbacks, validation, handing over to the recorder, and what is left of Python.
+Which callback is at work is looked up now and then by another thread, in the main thread's frames: nothing of the
+user's objects is wrapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+PARTS = ("first_call", "input", "step", "callbacks", "validation", "writing", "probe", "trace", "host")
+"""What the wall time of a training divides into: tracing and compiling up to the first step; waiting for batches; the
+steps without that; callbacks; validation; handing the record over, which waits when the disk is slow; trainrt's own
+looks into the model; profiling; and what is left of Python."""
+
+STRAGGLER, STRAGGLER_S = 4.0, 0.02
+"""A step straggles that takes so many times the median of those before, and so many seconds more than it."""
+
+MEMORY, WORST = 512, 20
+"""Steps whose median a straggler is measured by, and how many stragglers are kept: the worst."""
+
+TELL_AGAIN = 2.0
+"""A document is written at an epoch's end when the training has grown by this factor since the last one."""
+
+
+class Timing:
+    """Adds up where the time went.
+
+    Attributes:
+      seconds: Part of `PARTS` -> seconds so far; "host" is known when it is told.
+      steps: Steps so far, the first call's included.
+    """
+
+    def __init__(self, data: str = "", pipeline: Sequence[str] = ()):
+        self._begun = time.perf_counter()
+        self._told = 0.0
+        self._data = data
+        self._pipeline = list(pipeline)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.steps = 0
+        self._calls = 0
+        self._waited = False
+        self._recent: np.ndarray = np.zeros(0)
+        self._times: list[np.ndarray] = []
+        self._stragglers: list[dict[str, Any]] = []
+        self._straggling = [0, 0.0]
+        self._end: float | None = None
+        self._inside: str | None = None
+        self._main = threading.get_ident()
+        self._seen: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Counts what runs in the context for a part, without what is counted inside it for another one."""
+        begun, before = time.perf_counter(), sum(self.seconds.values())
+        outer, self._inside = self._inside, part
+        try:
+            yield
+        finally:
+            self._inside = outer
+            inner = sum(self.seconds.values()) - before
+            self.seconds[part] += time.perf_counter() - begun - inner
+
+    def call(self, first: int, steps: int, begun: float, ended: float, clock: np.ndarray | None) -> np.ndarray:
+        """A call ran `steps` steps from `begun` to `ended`, in seconds since 1970.
+
+        Returns:
+          [steps, 3]: seconds of each step, seconds of it that it waited for its batch (NaN: it gathers it by itself, or
+          nobody knows), and seconds since the end of the call before (0 but for the first step).
+        """
+        told = np.zeros((steps, 3))
+        told[:, 0], told[:, 1] = (ended - begun) / max(steps, 1), np.nan
+        if clock is not None:
+            ready, done = clock[:, 0], clock[:, 1]
+            before = np.concatenate([[begun], done[:-1]])
+            told[:, 0] = np.maximum(done - before, 0.0)
+            if ready.any():
+                told[:, 1] = np.maximum(np.minimum(ready, done) - before, 0.0)
+        if self._end is not None and steps:
+            told[0, 2] = max(begun - self._end, 0.0)
+        self._end = ended
+        self._calls += 1
+        self.steps += steps
+        if self._calls == 1:
+            self.seconds["first_call"] += ended - begun
+            return told
+        waited = float(np.nansum(told[:, 1]))
+        self._waited |= bool(steps and not np.isnan(told[0, 1]))
+        self.seconds["input"] += waited
+        self.seconds["step"] += max(ended - begun - waited, 0.0)
+        self._straggle(first, told)
+        return told
+
+    def _straggle(self, first: int, told: np.ndarray) -> None:
+        step_s = told[:, 0]
+        if len(self._recent) >= 32:
+            usual = float(np.median(self._recent))
+            for i in np.flatnonzero((step_s > STRAGGLER * usual) & (step_s > usual + STRAGGLER_S)):
+                self._straggling[0] += 1
+                self._straggling[1] += float(step_s[i]) - usual
+                waited = None if np.isnan(told[i, 1]) else float(told[i, 1])
+                worst = {"step": first + int(i), "s": float(step_s[i]), "usual_s": usual, "input_s": waited}
+                self._stragglers = sorted([*self._stragglers, worst], key=lambda s: -s["s"])[:WORST]
+        self._recent = np.concatenate([self._recent, step_s])[-MEMORY:]
+
+    def glance(self) -> None:
+        """Notes which callback the training thread is in, if it is in one. Called from another thread."""
+        if self._inside not in ("callbacks", "validation"):
+            return
+        frame = sys._current_frames().get(self._main)
+        found = None
+        while frame is not None:
+            owner = frame.f_locals.get("self") if frame.f_code.co_name.startswith("on_") else None
+            if isinstance(owner, keras.callbacks.Callback) and not isinstance(owner, keras.callbacks.CallbackList):
+                found = f"{type(owner).__name__}.{frame.f_code.co_name}"
+            frame = frame.f_back
+        if found:
+            self._seen[found] = self._seen.get(found, 0) + 1
+
+    @property
+    def due(self) -> bool:
+        return time.perf_counter() - self._begun > max(60.0, TELL_AGAIN * self._told)
+
+    def told(self) -> dict[str, Any]:
+        """What is known so far, for the document "timing".
+
+        Returns:
+          `seconds` by part and `wall_s`, their sum; `steps`, `per_second` of them without the first call; `step_s`:
+          median, p90 and p99 of the last steps; `input_known`: whether waiting for input could be told; `data`: what
+          the data come from and `pipeline`: the stages of a `tf.data.Dataset`, last one first; `stragglers`: `count`,
+          `excess_s` of all of them, the `worst`; `callbacks`: `Class.method` -> share of the looks in which it ran.
+        """
+        wall = self._told = time.perf_counter() - self._begun
+        seconds = dict(self.seconds)
+        seconds["host"] = max(0.0, wall - sum(seconds.values()))
+        recent = self._recent
+        quantiles = np.quantile(recent, [0.5, 0.9, 0.99]) if len(recent) else [float("nan")] * 3
+        looks = sum(self._seen.values())
+        training = seconds["input"] + seconds["step"] + seconds["callbacks"] + seconds["writing"] + seconds["host"]
+        return {
+            "seconds": seconds,
+            "wall_s": wall,
+            "steps": self.steps,
+            "calls": self._calls,
+            "per_second": self.steps / training if training > 0 and self._calls > 1 else None,
+            "step_s": dict(zip(("median", "p90", "p99"), map(float, quantiles), strict=True)) if len(recent) else None,
+            "input_known": self._waited,
+            "data": self._data,
+            "pipeline": self._pipeline,
+            "stragglers": {
+                "count": self._straggling[0],
+                "excess_s": self._straggling[1],
+                "worst": list(self._stragglers),
+            },
+            "callbacks": {name: count / looks for name, count in sorted(self._seen.items(), key=lambda s: -s[1])[:8]},
+        }
+
+
+def stages(data: Any) -> list[str]:
+    """The stages of a `tf.data.Dataset`, the last one first, by the names of their classes; [] for other data.
+
+    >>> import tensorflow as tf
+    >>> stages(tf.data.Dataset.range(8).map(lambda x: x).batch(2).prefetch(1))
+    ['Prefetch', 'Batch', 'Map', 'Range']
+    """
+    found: list[str] = []
+    while hasattr(data, "element_spec") and hasattr(data, "_inputs") and len(found) < 64:
+        found.append(type(data).__name__.lstrip("_").removesuffix("Dataset").removesuffix("V2"))
+        inputs = data._inputs()
+        data = inputs[0] if inputs else None
+    return found
+
+
+def kind(data: Any) -> str:
+    """What the data come from, in a word: "arrays", "tf.data", or the class of what gives them."""
+    if hasattr(data, "element_spec"):
+        return "tf.data"
+    if isinstance(data, (np.ndarray, list, tuple, Mapping)) or hasattr(data, "shape"):
+        return "arrays"
+    return type(data).__name__
