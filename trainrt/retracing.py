@@ -98,7 +98,7 @@ class Retracing:
         """
         found = []
         for note in sorted(self._functions.values(), key=lambda n: -n.seconds):
-            if note.traces < 2:
+            if note.traces < 2 or not note.where:  # TensorFlow's own functions are its affair
                 continue
             names = dict.fromkeys(name for types in note.types for name in types)
             seen = {n: list(dict.fromkeys(t[n] for t in note.types if n in t)) for n in names}

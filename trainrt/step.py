@@ -310,17 +310,21 @@ class Step:
         return step.python_function if self._several else step
 
     def _run_replicas_singly(self, iterator, first: int, steps: int, marked: bool) -> Outcome:
-        logs, rows = None, []
+        logs, rows, clocks = None, [], []
         for number in range(first, first + steps):
             with trace.step(number, marked):
-                count, last, row = self._chunk(iterator, tf.constant(number, tf.int64), tf.constant(1))
+                count, last, row, clock = self._chunk(iterator, tf.constant(number, tf.int64), tf.constant(1))
                 if not int(count):
                     break
                 if marked:
                     _wait_for(last)
             logs = last
             rows.append(row)
-        return self._outcome(len(rows), logs, tf.concat(rows, 0)) if rows else Outcome(0, None, None)
+            clocks.append(clock)
+        if not rows:
+            return Outcome(0, None, None)
+        stamps = [np.concatenate(each) for each in zip(*clocks, strict=True)] if self.every else None
+        return self._outcome(len(rows), logs, tf.concat(rows, 0), stamps)
 
     def _run_singly(self, iterator, first: int, steps: int, marked: bool) -> Outcome:
         logs, vectors, clock = None, [], []
