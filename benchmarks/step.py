@@ -33,7 +33,8 @@ layers = keras.layers
 
 
 class Workload(NamedTuple):
-    """A model and its data: `steps` steps take Keras two seconds or more, so that what a fit costs once does not count as steps."""
+    """A model and its data: `steps` steps take Keras two seconds or more, so that what a fit costs once "
+    "does not count as steps."""
 
     build: Callable[[], keras.Model]
     data: Callable[[np.random.Generator, int], tuple]

@@ -193,6 +193,44 @@ def bottleneck(run: Run) -> Iterator[Finding]:
 
 
 @rule
+def linear_model(run: Run) -> Iterator[Finding]:
+    """A linear model on a task that seems not to be linear.
+
+    Means:   the model is one layer of weights, its loss has come to rest, and it learnt next to nothing.
+    Matters: a line cannot part rings, nor learn an exclusive or, however long it trains.
+    Try:     a hidden layer with an activation; or features that make the task linear.
+    Source:  Minsky & Papert, Perceptrons, 1969.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> layers = [{"name": "out", "class": "Dense", "parameters": 3, "config": {"units": 1, "activation": "sigmoid"}}]
+    >>> [finding.causes[0] for finding in linear_model(stuck(layers=layers))]
+    ['capacity']
+    >>> list(linear_model(learning(layers=layers)))
+    []
+    """
+    ended = outcome(run)
+    weighted = [layer for layer in program.layers(run) if layer.get("parameters")]
+    weighted = [layer for layer in weighted if layer["class"] not in (*program.NORMALISERS, *program.PASSIVE)]
+    if len(weighted) != 1 or weighted[0]["class"] != "Dense":
+        return
+    if not (ended.far and ended.poor(0.3)) or falls_late(run) or not math.isfinite(ended.data_loss):
+        return
+    yield about(
+        run,
+        "linear_model",
+        "warning",
+        0.5,
+        ("capacity", "missing_activation"),
+        f"The model is one linear layer, its loss has come to rest at {ended.data_loss:.4g}, and it learnt "
+        "next to nothing "
+        f"(skill {ended.skill:.2f}): the task may not be linear.",
+        {"skill": ended.skill},
+        ("Put a hidden layer before it: keras.layers.Dense(32, activation='relu').",),
+        where=(weighted[0]["name"],),
+    )
+
+
+@rule
 def stagnation(run: Run) -> Iterator[Finding]:
     """A model that does no better than a constant prediction, for a reason that is not seen.
 
