@@ -228,6 +228,8 @@ def lost_updates(run: Run) -> Iterator[Finding]:
     []
     """
     low = [p for p, parameter in enumerate(run.roster.parameters) if parameter.dtype in ("bfloat16", "float16")]
+    # A bias starts at zero, where the spacing is fine.
+    low = [p for p in low if len(run.roster.parameters[p].shape) >= 2] or low
     if not low or not outcome(run).poor(POOR):
         return
     share = run.joint("rounded")[:, low] / run.moments(UPDATE).count[:, low]
