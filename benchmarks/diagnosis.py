@@ -13,8 +13,8 @@ default `../shared/faults` beside the checkout. Each program is trained once by 
   misses         a line for each program that any of this is wrong for
   published      the same for the rules of UMLAUT, AutoTrainer, DeepDiagnosis, DeepLocalize and TheDeepChecker, as the
                  set re-implements them (a training of its own for each program; kept in the file)
-  cost           CPU seconds of all rules on a run of 100,000 steps of 200 weights that learnt nothing, which asks most of
-                 them; and over the training time of the cases
+  cost           CPU seconds of all rules on a run of 100,000 steps of 200 weights that learnt nothing, which asks most
+                 of them; and over the training time of the cases
 
 A published finding names several causes at once, and any of them counts; of ours only the likeliest does.
 """

@@ -117,7 +117,7 @@ def binding_constraint(run: Run) -> Iterator[Finding]:
     """
     if not len(run.steps) or not outcome(run).poor(POOR):
         return
-    weight, held = run.moments(WEIGHT), {}
+    last, held = run.moments(WEIGHT)[-1].rms, {}
     by_layer = {layer["name"]: layer["config"] for layer in program.layers(run)}
     for p, parameter in enumerate(run.roster.parameters):
         config = by_layer.get(parameter.layer) or {}
@@ -127,7 +127,7 @@ def binding_constraint(run: Run) -> Iterator[Finding]:
         given = constraint if isinstance(constraint, dict) else {"class": constraint}
         bound = program.number(given.get("max_value")) if "max_value" in given else 1.0
         # Of units whose norm is the bound, the root mean square over all is bound / sqrt(fan-in).
-        norm = float(weight.rms[-1, p]) * math.sqrt(max(math.prod(parameter.shape[:-1]), 1))
+        norm = float(last[p]) * math.sqrt(max(math.prod(parameter.shape[:-1]), 1))
         if given.get("class") in ("MaxNorm", "UnitNorm", "MinMaxNorm") and not norm > 0.8 * bound:
             continue
         held[parameter.path] = (str(given.get("class")), bound, norm)

@@ -221,7 +221,8 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
     if t == 0 and view.run.steps[0, 0] == 0:
         # From the very first step: no step that was too large can have killed the units.
         still = [q for q in matrices if pushed[q] == 0]
-        balance = [view.weight.mean[0, q] / view.weight.rms[0, q] for q in still]
+        begun = view.weight[0]
+        balance = [begun.mean[q] / begun.rms[q] for q in still]
         if any(abs(value) > LOPSIDED for value in balance):
             return _Reason(
                 "one-sided start",

@@ -12,6 +12,7 @@ from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
+from trainrt.findings.series import percentile
 from trainrt.record import GRADIENT, UPDATE, WEIGHT
 from trainrt.run import Run
 
@@ -58,12 +59,8 @@ def vanishing(run: Run) -> Iterator[Finding]:
         if layer["class"] == "SimpleRNN" and layer["config"].get("activation") in SATURATES
     ]
     matrices = [p for p, parameter in enumerate(run.roster.parameters) if len(parameter.shape) >= 2]
-    first_windows = run.moments(GRADIENT)[: max(len(run.steps) // EARLY, 1)]
-    rms = np.full(len(matrices), np.nan)
-    for i, p in enumerate(matrices):
-        known = first_windows.rms[:, p]
-        known = known[np.isfinite(known)]
-        rms[i] = np.median(known) if len(known) else np.nan
+    early = run.moments(GRADIENT)[: max(len(run.steps) // EARLY, 1)].rms
+    rms = np.array([percentile(early[:, p], 50) for p in matrices])
     ratio = rms[0] / rms[-1] if len(matrices) >= 4 and rms[-1] > 0 else math.nan
     if 0 < ratio < VANISHED:
         weak = [p for i, p in enumerate(matrices) if rms[i] < VANISHED * rms[-1]]
@@ -118,7 +115,8 @@ def wild_start(run: Run) -> Iterator[Finding]:
     if not len(run.steps) or not outcome(run).poor(POOR):
         return
     told = {layer["name"]: layer["config"].get("kernel_initializer") for layer in program.layers(run)}
-    weight, update = run.moments(WEIGHT), run.moments(UPDATE)
+    # After the first step: the start is at most one update away.
+    first = run.moments(WEIGHT)[0].rms - np.nan_to_num(run.moments(UPDATE)[0].rms)
     gains = {}
     for p, parameter in enumerate(run.roster.parameters):
         if len(parameter.shape) < 2 or "embedding" in parameter.path.rpartition("/")[2]:
@@ -126,9 +124,7 @@ def wild_start(run: Run) -> Iterator[Finding]:
         fan_in = math.prod(parameter.shape[:-1])
         deviation = _deviation(told.get(parameter.layer))
         if deviation is None:
-            # After the first step: the start is at most one update away.
-            before = np.array([weight.rms[0, p] - np.nan_to_num(update.rms[0, p])])
-            deviation = float(before[0]) if np.isfinite(before[0]) else 0.0
+            deviation = float(first[p]) if np.isfinite(first[p]) else 0.0
         gains[parameter.path] = max(deviation, 0.0) * math.sqrt(fan_in)
     if not gains:
         return

@@ -148,7 +148,7 @@ def consuming_decay(run: Run) -> Iterator[Finding]:
     share = rate * decay
     if not share >= DECAY or not len(matrices):
         return
-    shrunk = percentile(weight.rms[-1, matrices] / weight.rms[0, matrices], 50)
+    shrunk = percentile(weight[-1, matrices].rms / weight[0, matrices].rms, 50)
     if not shrunk < SHRUNK:
         return
     yield about(
