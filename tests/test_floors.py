@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "trainrt"
 
 FLOORS = (
-    {"record", "digits", "phases"},
+    {"record", "digits", "phases", "charts"},
     {"statistics", "events", "synthetic", "digest", "relation"},
     {"run", "doors", "native", "clip", "taps", "resident", "matched", "survey"},
     {"findings", "moments", "audit", "bits", "forward", "device_words", "trace_reading"},
@@ -18,9 +18,9 @@ FLOORS = (
     {"update", "reference"},
     {"determinism", "replicas"},
     {"sinks", "step", "lockstep", "batches", "environment", "pace", "look", "timing", "telemetry", "retracing"},
-    {"recorder", "arguments", "probe"},
-    {"journal"},
-    {"loop"},
+    {"recorder", "arguments", "probe", "replay"},
+    {"journal", "changes"},
+    {"loop", "experiment"},
     {"plugin", "demo", "doctor"},
     {"report_html"},
     {"cli"},

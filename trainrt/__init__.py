@@ -20,6 +20,8 @@ _HOME = {
     "Finding": "trainrt.findings",
     "diagnose": "trainrt.findings",
     "compare": "trainrt.comparison",
+    "explain": "trainrt.experiment",
+    "lr_range": "trainrt.experiment",
     "statistic": "trainrt.statistics",
 }
 

@@ -27,6 +27,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `context._rng` of TensorFlow | puts TensorFlow's eager random state back after a pass | a public name for it |
 | `optimizer._distribution_strategy`, `LossScaleOptimizer._common_apply`, `Strategy.extended._use_merge_call` | updates one replica as if it were alone, with `tf.cond` and gradient accumulation | an `apply` that takes reduced gradients, as Keras 2 had |
 | `SeedGenerator.next` | other dropout masks on each replica | a seed of each replica's own in Keras |
+| `optimizer._get_current_learning_rate` | an experiment with another rate, whatever it comes from | a setter that takes a schedule back |
 | `optimizer._trainable_variables`, its per-variable lists | pairs slots with weights | public slot names |
 """
 
@@ -34,7 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -204,6 +205,54 @@ def global_seed_state():
     """The state of the seed generator that `keras.random` uses where it is given no seed; None: there is none yet."""
     generator = global_state.get_global_attribute("global_seed_generator")
     return None if generator is None else generator.state
+
+
+@contextlib.contextmanager
+def scaled_rate(optimizer: keras.optimizers.Optimizer, factor: float) -> Iterator[None]:
+    """The learning rate times a factor, be it a variable, a schedule or a function, for what is traced inside."""
+    current = optimizer._get_current_learning_rate
+    with rate_from(optimizer, lambda: current() * factor):
+        yield
+
+
+@contextlib.contextmanager
+def rate_from(optimizer: keras.optimizers.Optimizer, rate: Callable[[], Any]) -> Iterator[None]:
+    """The learning rate is what a function says, for what is traced inside."""
+    before = optimizer.__dict__.get("_get_current_learning_rate")
+    optimizer.__dict__["_get_current_learning_rate"] = rate
+    try:
+        yield
+    finally:
+        del optimizer.__dict__["_get_current_learning_rate"]
+        if before is not None:
+            optimizer.__dict__["_get_current_learning_rate"] = before
+
+
+def dropouts(model: keras.Model) -> list[tuple[Any, str]]:
+    """(layer or cell, attribute) of every rate above zero at which a model drops units or multiplies noise in."""
+    found = []
+    for layer in layers_of(model):
+        for owner in (layer, getattr(layer, "cell", None)):
+            kind = type(owner).__name__
+            for name in ("rate", "dropout", "recurrent_dropout"):
+                value = vars(owner).get(name) if owner is not None else None
+                drops = "Dropout" in kind if name == "rate" else True
+                if drops and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
+                    found.append((owner, name))
+    return found
+
+
+@contextlib.contextmanager
+def without_dropout(model: keras.Model) -> Iterator[None]:
+    """Nothing is dropped in what is traced inside."""
+    before = [(owner, name, vars(owner)[name]) for owner, name in dropouts(model)]
+    for owner, name, _ in before:
+        owner.__dict__[name] = 0.0
+    try:
+        yield
+    finally:
+        for owner, name, rate in before:
+            owner.__dict__[name] = rate
 
 
 def layers_of(model: keras.Model) -> list[keras.Layer]:
