@@ -16,7 +16,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `model._maybe_symbolic_build` | builds a model that was made under a `tf.distribute` strategy | nothing yet |
 | `model._initial_epoch` | where `BackupAndRestore` wants to go on | an argument of the callback |
 | `model._get_metrics_result_or_logs`, `model._should_eval` | logs of an epoch, `validation_freq` | 15 lines of our own |
-| `reduce_per_replica` | logs of several replicas to one | `Strategy.reduce` |
+| `reduce_per_replica` | logs of several replicas to one; repaired for several workers, with `_maybe_symbolic_build` | `Strategy.reduce`; a Keras that works there |
 | `model._aggregate_additional_loss` | tells the data loss from `add_loss` and regularisers | a public hook in `compute_loss` |
 | `global_state`'s seed generator | the state of `keras.random`, for digests | a public name for it |
 | `model._jit_compile` | what `compile` was asked for, before `jit_compile` resolves it; XLA with determinism, which the setter refuses | an argument of `compile` |
@@ -34,6 +34,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -164,6 +165,48 @@ def has_keras_train_step(model: keras.Model) -> bool:
 def symbolic_build(model: keras.Model, batches) -> None:
     """Builds a model made under a strategy, from one batch; any other is built while its step is traced."""
     model._maybe_symbolic_build(iterator=batches)
+
+
+def repair_workers() -> None:
+    """Makes `evaluate`, `predict` and the building of a model work among several workers, in this process for good.
+
+    Two functions of Keras 3.12 to 3.15 raise there, always: one takes the mean of a whole batch as if it were one
+    tensor, the other reduces scalars along their first axis. Both are as they were in every other case.
+    """
+    build, reduce = tf_trainer.TensorFlowTrainer._maybe_symbolic_build, tf_trainer.reduce_per_replica
+    if getattr(build, "_trainrt", False):
+        return
+
+    @functools.wraps(build)
+    def built(self, iterator=None, data_batch=None):
+        strategy = self._distribute_strategy
+        if strategy is None or not _of_workers(strategy):
+            return build(self, iterator, data_batch)
+        for _, _, batches in () if iterator is None else iterator:
+            first = next(batches)
+            data_batch = keras.tree.map_structure(lambda v: strategy.experimental_local_results(v)[0], first)
+            break
+        with strategy.scope():
+            return self._symbolic_build(data_batch=data_batch)
+
+    @functools.wraps(reduce)
+    def reduced(values, strategy, reduction):
+        if reduction not in ("auto", "mean", "sum") or not _of_workers(strategy):
+            return reduce(values, strategy, reduction)
+        operation = "SUM" if reduction == "sum" else "MEAN"
+        return keras.tree.map_structure(lambda v: strategy.reduce(operation, v, axis=None), values)
+
+    built._trainrt = True  # type: ignore[attr-defined]
+    tf_trainer.TensorFlowTrainer._maybe_symbolic_build, tf_trainer.reduce_per_replica = built, reduced
+
+
+def global_seed() -> int | None:
+    """What `tf.random.set_seed` was given."""
+    return tf_context.global_seed()
+
+
+def _of_workers(strategy) -> bool:
+    return tf_trainer._collective_all_reduce_multi_worker(strategy)
 
 
 def made_under_strategy(model: keras.Model) -> bool:

@@ -8,6 +8,7 @@ for each other for ever: how many steps a call takes and when to stop are settle
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -45,6 +46,33 @@ def seat(strategy: tf.distribute.Strategy) -> Seat:
     return Seat(int(resolver.task_id or 0) + (chiefs if resolver.task_type == "worker" else 0), chiefs + workers)
 
 
+def meet(model: keras.Model, arrays: bool) -> None:
+    """Prepares this process, as one of several workers, before any data are read.
+
+    Args:
+      arrays: Whether the data are arrays that Keras shuffles: every worker holds all of them and takes its share of
+        each batch, so all have to shuffle alike.
+
+    Raises:
+      ValueError: They would not.
+    """
+    if not replicas.several(model.distribute_strategy) or seat(model.distribute_strategy).workers == 1:
+        return
+    doors.repair_workers()
+    own = doors.global_seed()
+    mine = [0, secrets.randbits(31)] if own is None else [1, own]
+    seeds = Lockstep(model).exchange(mine)
+    if not seeds[:, 0].any():
+        tf.random.set_seed(int(seeds[0, 1]))
+    elif arrays and (seeds != seeds[:1]).any():
+        told = ", ".join(str(seed) if given else "none" for given, seed in seeds.tolist())
+        raise ValueError(
+            "Workers that shuffle arrays have to shuffle alike, or they train on some samples twice and on others "
+            f"never. Received: the seeds {told}. Call keras.utils.set_random_seed with the same seed on every worker, or "
+            "on none, or pass shuffle=False."
+        )
+
+
 class Lockstep:
     """Keeps the replicas of one training together, and proves that they are.
 
@@ -65,6 +93,22 @@ class Lockstep:
         self._checks = 0
         self._identical_until = -1
         self._drift: dict[str, Any] | None = None
+
+    def check(self, **numbers: int | None) -> None:
+        """Checks that all workers were asked for the same.
+
+        Raises:
+          ValueError: They were not; they would wait for each other for ever.
+        """
+        if self.seat.workers == 1:
+            return
+        given = self.exchange([-1 if number is None else number for number in numbers.values()])
+        for i, name in enumerate(numbers):
+            if (given[:, i] != given[0, i]).any():
+                raise ValueError(
+                    f"All workers have to take the same steps. Received: {name}={given[:, i].tolist()}, a number a "
+                    "worker. Every worker is given the whole of the data, and the same arguments."
+                )
 
     def settle(self, calls: int) -> None:
         """Agrees with the other workers, after a call, on what comes next.
@@ -142,7 +186,7 @@ class Lockstep:
 
         def on_replica():
             context = tf.distribute.get_replica_context()
-            mine = rows if replicas.number() % local == 0 else tf.zeros_like(rows)
+            mine = tf.identity(rows) if replicas.number() % local == 0 else tf.zeros_like(rows)
             return context.all_reduce("SUM", mine)
 
         return self._strategy.experimental_local_results(self._strategy.run(on_replica))[0]

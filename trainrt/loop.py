@@ -20,7 +20,7 @@ from trainrt.clip import Clip
 from trainrt.determinism import modes
 from trainrt.determinism.digests import Digests, Ledger
 from trainrt.journal import Journal, floats
-from trainrt.lockstep import Lockstep
+from trainrt.lockstep import Lockstep, meet
 from trainrt.pace import Pace, listens_to_batches
 from trainrt.phases import Scopes
 from trainrt.probe import Prober
@@ -116,6 +116,7 @@ def fit(
         warnings.warn(f"Limiting epochs to {most}", stacklevel=2)
         epochs = most
 
+    meet(model, arrays=shuffle and not isinstance(x, (tf.data.Dataset, tf.distribute.DistributedDataset)))
     doors.set_evaluation_iterator(model, None)
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = doors.split_validation((x, y, sample_weight), validation_split)
@@ -242,6 +243,8 @@ class _Training:
         self._surroundings = environment.Surroundings()
         self.ledger = Ledger(request.digests, model, self._write_digests)
         self._lockstep = Lockstep(model) if replicas.several(model.distribute_strategy) else None
+        if self._lockstep is not None:
+            self._lockstep.check(steps=batches.num_batches, epochs=given["epochs"], every=request.every)
         writes = self._lockstep is None or self._lockstep.seat.worker == 0
         self.journal = Journal(
             request.logdir if writes else None, request.sinks if writes else (), watched, self._weights
