@@ -76,8 +76,8 @@ def trained(model, **arguments) -> dict:
     }
 
 
-def equal(scope, optimizer, clip):
-    return trained(classifier(scope, optimizer), clip=float(clip) or None)
+def equal(scope, optimizer, clip, logdir=None):
+    return trained(classifier(scope, optimizer), clip=float(clip) or None, logdir=logdir)
 
 
 def masks(scope):
@@ -146,8 +146,22 @@ def custom(scope):
     return {"weights": weights, "gradient_norm": run.scalar("gradient_norm").tolist()}
 
 
-def recorded(scope, logdir):
-    return trained(classifier(scope, "sgd"), logdir=logdir, epochs=1)
+class Stops(keras.callbacks.Callback):
+    """Ends the training on one worker alone, in the middle of an epoch."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 3 and json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 1:
+            self.model.stop_training = True
+
+
+def stopping(scope):
+    """Unseeded: the workers draw their weights and their order from one seed all the same."""
+    with scope.scope():
+        model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    outcome = trained(model, callbacks=[Stops()], epochs=2, validation_data=None)
+    x, y = data()
+    return outcome | {"evaluated": model.evaluate(x, y, batch_size=48, verbose=0)}
 
 
 def main(devices, *cases):

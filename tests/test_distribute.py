@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import replicas_script as script
 
+from trainrt import Run
+
 SCRIPT = Path(script.__file__)
 EQUAL = 1e-5
 """Most that a weight may differ from the one-device twin: sums in another order, 30 steps long."""
@@ -25,9 +27,18 @@ def _run(devices: int, *cases: str) -> dict[str, dict]:
     return _answers(done.stdout)
 
 
-def _answers(output: str) -> dict[str, dict]:
-    lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"case"')]
-    return {line["case"]: line for line in lines}
+def _workers(count: int, *cases: str) -> list[dict[str, dict]]:
+    """For each of so many workers: case -> what it printed."""
+    command = [sys.executable, "-m", "trainrt", "launch", "-n", str(count), str(SCRIPT), "1", *cases]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [_answers(done.stdout, f"[{worker}] ") for worker in range(count)]
+
+
+def _answers(output: str, prefix: str = "") -> dict[str, dict]:
+    lines = [line.removeprefix(prefix) for line in output.splitlines() if line.startswith(prefix + '{"case"')]
+    return {answer["case"]: answer for answer in map(json.loads, lines)}
 
 
 QUICK = ("equal:accumulating:0.3", "custom")
@@ -107,6 +118,59 @@ def test_listeners_hear_every_batch_of_data_of_unknown_length(two):
     heard = two["listening"]
     assert heard["batches"] == 20
     assert heard["steps"] == list(range(0, 20, 2))
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory):
+    """(the log directory, what each of two workers printed under a case's first word)."""
+    logdir = tmp_path_factory.mktemp("runs")
+    answers = _workers(2, f"{QUICK[0]}:{logdir}", "stopping")
+    return logdir, [{case.partition(":")[0]: answer for case, answer in each.items()} for each in answers]
+
+
+def test_every_worker_trains_as_one_device_with_the_whole_batch(alone, workers):
+    for each in workers[1]:
+        _same_training(each["equal"], alone[QUICK[0]])
+        assert each["equal"]["replicas"]["drift"] is None
+
+
+def test_one_worker_writes_the_record(workers):
+    logdir, (first, second) = workers
+    assert Path(first["equal"]["path"]).is_relative_to(logdir)
+    assert second["equal"]["path"] is None
+    assert len(Run.find(logdir)) == 1
+    assert Run.open(logdir).document("replicas")["workers"] == 2
+
+
+def test_workers_stop_together_when_one_wants_to(workers):
+    for each in workers[1]:
+        assert each["stopping"]["steps"] == [0, 1, 2, 3]
+        assert each["stopping"]["end"]["how"] == "stopped"
+
+
+def test_workers_without_seeds_train_and_evaluate_as_one(workers):
+    first, second = (each["stopping"] for each in workers[1])
+    assert first["weights"] == second["weights"]
+    assert first["evaluated"] == second["evaluated"]
+    assert first["replicas"]["drift"] is None
+
+
+@pytest.mark.slow
+def test_three_workers_train_every_optimizer_as_on_one_device():
+    theirs = _run(1, *EVERY)
+    for ours in _workers(3, *EVERY):
+        for case in EVERY:
+            _same_training(ours[case], theirs[case])
+
+
+@pytest.mark.slow
+def test_among_workers_masks_differ_and_a_drift_is_named():
+    for each in _workers(2, "masks", "drift", "listening", "custom"):
+        np.testing.assert_allclose(each["masks"]["zero_share"], 0.25, atol=0.05)
+        finding = _findings_of_replicas(each["drift"])["error"]
+        assert finding["evidence"]["replicas"] == [1]
+        assert "worker 1" in finding["message"]
+        assert each["listening"]["batches"] == 20
 
 
 @pytest.mark.slow

@@ -91,6 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--target", default="native", help="for which processor: native, or a value for -march")
     kernels.add_argument("--directory", type=Path, help="where to, instead of the user's cache; see TRAINRT_KERNELS")
     kernels.set_defaults(command=_kernels)
+
+    launch = commands.add_parser("launch", help="train a script with several workers on this machine")
+    launch.add_argument("-n", "--workers", type=_positive, required=True, help="how many")
+    launch.add_argument(
+        "--restarts", type=int, default=0, metavar="N", help="start all again up to N times when one dies (%(default)s)"
+    )
+    launch.add_argument("script", help="a Python file that makes a MultiWorkerMirroredStrategy")
+    launch.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
+    launch.set_defaults(command=_launch)
     return parser
 
 
@@ -212,6 +221,14 @@ def _doctor(options: argparse.Namespace) -> int:
     from trainrt import doctor
 
     return doctor.run(options.json, options.require)
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from trainrt import launch
+
+    if not Path(options.script).is_file():
+        return _refuse(f"{options.script} does not exist. Give a Python file that each worker runs.")
+    return launch.launch([sys.executable, options.script, *options.arguments], options.workers, options.restarts)
 
 
 def _explain(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ for each other for ever: how many steps a call takes and when to stop are settle
 
 from __future__ import annotations
 
+import functools
 import secrets
 import time
 from collections.abc import Sequence
@@ -68,8 +69,8 @@ def meet(model: keras.Model, arrays: bool) -> None:
         told = ", ".join(str(seed) if given else "none" for given, seed in seeds.tolist())
         raise ValueError(
             "Workers that shuffle arrays have to shuffle alike, or they train on some samples twice and on others "
-            f"never. Received: the seeds {told}. Call keras.utils.set_random_seed with the same seed on every worker, or "
-            "on none, or pass shuffle=False."
+            f"never. Received: the seeds {told}. Call keras.utils.set_random_seed with the same seed on every worker, "
+            "or on none, or pass shuffle=False."
         )
 
 
@@ -86,7 +87,9 @@ class Lockstep:
         self._strategy = model.distribute_strategy
         self.seat = seat(self._strategy)
         self.calls: int | None = 1 if self.seat.workers > 1 else None
-        self._sum = tf.function(self._summed)
+        self._sum = tf.function(
+            functools.partial(self._summed), input_signature=[tf.TensorSpec([None, None], tf.int64)]
+        )
         self._due = True
         self._compared_at = time.monotonic()
         self._next = 0.0
@@ -154,7 +157,7 @@ class Lockstep:
     def content(self) -> dict[str, Any]:
         """What is known of the replicas, for the document "replicas" of the record."""
         return {
-            "strategy": type(self._strategy).__name__,
+            "strategy": "MirroredStrategy" if self.seat.workers == 1 else "MultiWorkerMirroredStrategy",
             "replicas": self._strategy.num_replicas_in_sync,
             "workers": self.seat.workers,
             "comparisons": self._checks,

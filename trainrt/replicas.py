@@ -123,6 +123,20 @@ class Replicas(Observer):
         strategy.extended.update(anchor, local, args=tuple(gradients), group=False)
 
 
+def mean_of_workers(strategy: tf.distribute.Strategy, logs: Any) -> Any:
+    """The mean over all workers of what each has, a structure of tensors; what is no float stays as it is."""
+    leaves = [value for value in keras.tree.flatten(logs) if value.dtype.is_floating]
+
+    def on_replica():
+        context = tf.distribute.get_replica_context()
+        return [context.all_reduce("MEAN", tf.identity(leaf)) for leaf in leaves]
+
+    means = iter(strategy.run(on_replica) if leaves else ())
+    return keras.tree.map_structure(
+        lambda value: _first(strategy, next(means)) if value.dtype.is_floating else value, logs
+    )
+
+
 def number() -> int:
     """Which replica, of those of all workers, is being traced or runs now."""
     context = tf.distribute.get_replica_context()
