@@ -222,10 +222,10 @@ class Step:
             logs, row = tf.cond(more, lambda: train(_without_optionals(batch.get_value())), lambda: keep)
             return more, ready, logs, row
 
-        ran, logs, rows = self._loop(iterator.element_spec, one, first, steps)
+        ran, logs, rows, clock = self._loop(iterator.element_spec, one, first, steps)
         if self._several and isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy):
             logs = replicas.mean_of_workers(self._strategy, logs)
-        return ran, logs, rows
+        return ran, logs, rows, clock
 
     @tf.autograph.experimental.do_not_convert
     def _gathered(self, _, batch_size, element_spec, arrays, order, batch, first, steps):
