@@ -17,7 +17,9 @@ from trainrt.record import WEIGHT
 from trainrt.run import Run
 
 POOR = 0.6
-NOTHING = 0.15
+NOTHING, CLASSES = 0.15, 0.3
+SMALL = 4
+"""Units with which a hidden layer bends a task four times at most."""
 RELATIVE = ("mean_absolute_percentage_error", "mape")
 
 
@@ -151,7 +153,8 @@ def binding_constraint(run: Run) -> Iterator[Finding]:
 def bottleneck(run: Run) -> Iterator[Finding]:
     """A layer too narrow for what must pass it.
 
-    Means:   a hidden layer has one unit, or fewer than a fifth of the classes, and the model learnt little.
+    Means:   a hidden layer has one unit, or fewer than a fifth of the classes; or no hidden layer has more than 4, and
+             the loss has come to rest; and the model learnt little.
     Matters: one number cannot tell ten classes apart; what is lost there no later layer brings back.
     Try:     at least as many units as classes.
     Source:  own judgement; TheDeepChecker's mutation "one neuron".
@@ -176,13 +179,15 @@ def bottleneck(run: Run) -> Iterator[Finding]:
         return
     classes = widths[-1][1]
     narrow = [name for name, width in widths[:-1] if width == 1 or width < classes / 5]
-    if not narrow:
+    small = max(width for _, width in widths[:-1]) <= SMALL and outcome(run).far and not falls_late(run)
+    if not narrow and not small:
         return
+    certain, narrow = bool(narrow), narrow or [name for name, _ in widths[:-1]]
     yield about(
         run,
         "bottleneck",
-        "error",
-        0.85,
+        "error" if certain else "warning",
+        0.85 if certain else 0.5,
         ("capacity",),
         f"{', '.join(narrow)} {'has' if len(narrow) == 1 else 'have'} {min(w for n, w in widths if n in narrow):g} "
         f"unit(s) in front of {classes:g} outputs: what is lost there no later layer brings back.",
@@ -231,11 +236,60 @@ def linear_model(run: Run) -> Iterator[Finding]:
 
 
 @rule
-def stagnation(run: Run) -> Iterator[Finding]:
-    """A model that does no better than a constant prediction, for a reason that is not seen.
+def oscillation(run: Run) -> Iterator[Finding]:
+    """Epochs that undo each other: the validation result jumps up and down.
 
-    Means:   half of the run is over and the skill is under 0.15 (accuracy or variance explained, beyond those of the
-             best constant prediction). Where another rule knows why, this is its consequence.
+    Means:   in the second half of the run the skill on the validation data changes by more than 0.08 an epoch (median),
+             beyond what so few rows may show, in turns up and down, and ends 0.1 under its best.
+    Matters: the steps are longer than the valley is wide; where the run ends is luck.
+    Try:     a tenth of the learning rate, or one that decays; larger batches; less momentum.
+    Source:  Zhang et al., AUTOTRAINER, 2021: swings of 0.03 in a fifth of the epochs, which small validation sets have
+             by chance.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> from trainrt.record import Epoch
+    >>> run = learning()
+    >>> run.epochs = [Epoch(i, 9 * i, {"val_accuracy": 0.9 - 0.3 * (i % 2), "accuracy": 0.8}) for i in range(12)]
+    >>> [finding.causes[0] for finding in oscillation(run)]
+    ['lr_too_high']
+    >>> list(oscillation(learning()))
+    []
+    """
+    ended = outcome(run)
+    rows = program.side(run, "validation").get("rows") or 0
+    skill = np.array(ended.course, np.float64)
+    late = skill[len(skill) // 2 :]
+    changes = np.diff(late)
+    if not ended.far or len(changes) < 4 or not np.isfinite(changes).all() or not rows:
+        return
+    turns = float((changes[1:] * changes[:-1] < 0).mean())
+    swing, drop = float(np.median(np.abs(changes))), float(skill.max() - np.median(late))
+    if not (swing > max(0.08, 2 / math.sqrt(rows)) and turns >= 0.5 and drop > 0.1):
+        return
+    rate = percentile(scalar(run, "learning_rate"), 50)
+    yield about(
+        run,
+        "oscillation",
+        "warning",
+        0.65,
+        ("lr_too_high", "momentum_too_high", "batch_size_too_small"),
+        f"The validation result jumps from epoch to epoch, by {swing:.2f} of skill, up and down: the steps "
+        "are too long.",
+        {"swing": swing, "turns": turns, "drop": drop, "thresholds": {"swing": 0.08, "turns": 0.5, "drop": 0.1}},
+        (
+            f"Lower the learning rate: model.optimizer.learning_rate = {rate / 10:.1g}.",
+            "Or let it decay, or use larger batches.",
+        ),
+    )
+
+
+@rule
+def stagnation(run: Run) -> Iterator[Finding]:
+    """A model that does hardly better than a constant prediction, for a reason that is not seen.
+
+    Means:   half of the run is over, its loss has come to rest, and the skill is under 0.3 for classes, 0.15 else
+             (accuracy or variance explained, beyond those of the best constant prediction). Where another rule knows
+             why, this is its consequence.
     Matters: the training does not work.
     Try:     overfit one batch first: trainrt.fit(model, x[:32], y[:32], epochs=200) must reach a loss near zero.
     Source:  TheDeepChecker's one-batch test; the skill is defined in trainrt.findings.outcome.
@@ -247,7 +301,8 @@ def stagnation(run: Run) -> Iterator[Finding]:
     []
     """
     ended, trend = outcome(run), loss_trend(run)
-    if not ended.poor(NOTHING) or not ended.far or falls_late(run):
+    threshold = CLASSES if ended.kind == "classes" else NOTHING
+    if not ended.poor(threshold) or not ended.far or falls_late(run):
         return
     moves = abs(trend.fall) > 0.3
     rate = percentile(scalar(run, "learning_rate"), 50)
@@ -263,7 +318,7 @@ def stagnation(run: Run) -> Iterator[Finding]:
         "warning",
         0.3,
         causes,
-        f"The model does no better than a constant prediction ({what}); the loss went from {trend.first:.4g} to "
+        f"The model does hardly better than a constant prediction ({what}); the loss went from {trend.first:.4g} to "
         f"{trend.last:.4g}" + (f", and a constant's is {ended.constant:.4g}." if np.isfinite(ended.constant) else "."),
         {"skill_train": ended.train, "skill_validation": ended.validation, "constant_loss": ended.constant},
         (

@@ -11,7 +11,7 @@ from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
-from trainrt.findings.series import kernel_ratio, kernels, loss_trend, middle, percentile, scalar
+from trainrt.findings.series import falls_late, kernel_ratio, kernels, loss_trend, middle, percentile, scalar
 from trainrt.record import UPDATE, WEIGHT
 from trainrt.run import Run
 
@@ -27,7 +27,8 @@ LARGE_STEP = 5e-3
 def unfinished(run: Run) -> Iterator[Finding]:
     """A run that ends before it has begun: too few updates.
 
-    Means:   the run has fewer than 100 updates, the loss still falls at its end, and the model learnt little.
+    Means:   the run has fewer than 100 updates, the loss still falls at its end, and the model learnt little. Or it has
+             more, has ended, learnt less, and the loss fell by a twentieth in its second half.
     Matters: nothing is wrong but the number of steps: epochs count passes, not updates.
     Try:     smaller batches, more epochs; or a larger learning rate where the steps are small.
     Source:  own judgement: 100 steps of 1e-3 of a kernel's size move it by a tenth; Masters & Luschi, 2018, on small
@@ -45,7 +46,10 @@ def unfinished(run: Run) -> Iterator[Finding]:
         return
     updates = int(run.steps[-1, 1] - run.steps[0, 0] + 1)
     ended = outcome(run)
-    if updates >= FEW or len(run.epochs) < 2 or not ended.poor(POOR) or not falls(run):
+    few = updates < FEW and len(run.epochs) >= 2 and ended.poor(POOR) and falls(run)
+    # A run of any length whose end is not the end of its learning.
+    short = run.end is not None and ended.poor(2 * SLOW if ended.kind == "classes" else SLOW) and falls_late(run)
+    if not few and not short:
         return
     ratio, path = _pace(run)
     train = program.side(run)
@@ -67,7 +71,7 @@ def unfinished(run: Run) -> Iterator[Finding]:
         run,
         "unfinished",
         "warning",
-        0.85,
+        0.85 if few else 0.4,
         causes,
         f"The run has {updates} updates"
         + (f", {batches} an epoch" if batches else "")

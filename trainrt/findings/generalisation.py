@@ -156,7 +156,7 @@ def drowning_dropout(run: Run) -> Iterator[Finding]:
     ended = outcome(run)
     kept, worst = math.prod(1 - rate for rate in rates.values()), max(rates.values())
     # Evaluation runs without dropout: a model that does well there is not held back.
-    if not (worst >= 0.7 or kept < KEPT) or not ended.poor(POOR):
+    if not (worst >= 0.7 or kept < KEPT) or not ended.poor(0.75 if worst >= 0.8 else POOR):
         return
     yield about(
         run,

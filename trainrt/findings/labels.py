@@ -139,7 +139,14 @@ def labels_of_noise(run: Run) -> Iterator[Finding]:
         counts, classes = labels.get("counts") or {}, labels.get("classes") or 0
         width = classes if labels.get("kind") == "one_hot" else 0
         empty = [k for k in range(width) if str(k) not in counts]
-        if width and empty and width <= 100 and sum(counts.values()) > 30 * width and len(empty) <= width / 4:
+        if (
+            width
+            and empty
+            and width <= 100
+            and ended.poor(0.85)
+            and sum(counts.values()) > 30 * width
+            and len(empty) <= width / 4
+        ):
             yield about(
                 run,
                 "labels_of_noise",

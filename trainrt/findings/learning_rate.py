@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import rule
@@ -219,7 +220,12 @@ def _too_high(run: Run, ratio: np.ndarray, seen: np.ndarray, trend: Trend) -> Fi
         run,
         "error",
         0.85 if weights and (rose or regressed or top > THROWS) else 0.7 if weights else 0.6,
-        ("lr_too_high", "exploding_gradient", "inputs_unnormalised", *(() if weights else ("unstable_loss",))),
+        (
+            "lr_too_high",
+            *(("batch_size_too_small",) if 0 < (program.side(run).get("batch_size") or [0])[0] <= 2 else ()),
+            *("exploding_gradient", "inputs_unnormalised"),
+            *(() if weights else ("unstable_loss",)),
+        ),
         weights,
         f"{at} is too high: {moved}, and the loss went from {trend.start:.4g} to {trend.last:.4g} "
         f"(at best {trend.best:.4g}, at worst {trend.worst:.4g}).",

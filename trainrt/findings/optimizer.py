@@ -101,7 +101,7 @@ def heavy_momentum(run: Run) -> Iterator[Finding]:
     config = program.optimizer(run)
     name = "momentum" if config.get("class") == "SGD" else "beta_1"
     momentum = program.number(config.get(name))
-    if not MOMENTUM <= momentum < 1 or not outcome(run).poor(POOR):
+    if not MOMENTUM <= momentum < 1 or not outcome(run).poor(0.75):
         return
     rate = percentile(scalar(run, "learning_rate"), 50)
     times = 1 / (1 - momentum)
@@ -112,7 +112,7 @@ def heavy_momentum(run: Run) -> Iterator[Finding]:
         "error",
         0.93 if momentum >= 0.99 else 0.75,
         ("momentum_too_high", "lr_too_high"),
-        f"{name} = {momentum:.6g}: each gradient is felt for {times:.4g} steps{effective}, and nothing was learnt.",
+        f"{name} = {momentum:.6g}: each gradient is felt for {times:.4g} steps{effective}, and little was learnt.",
         {name: momentum, "threshold": MOMENTUM, "learning_rate": rate},
         (f"Lower it: {name}=0.9.", f"Or lower the learning rate to {rate * (1 - momentum) * 10:.2g}."),
     )

@@ -43,7 +43,8 @@ class Outcome:
     data_loss: The loss at the end, without regularisers.
     settled: Whether the run may be judged by this: enough of it is over, or its loss stands still.
     far: Whether enough of it is over.
-    kind: "classes", "numbers" or "".
+    kind: What the skill is made from: "classes" (accuracy), "numbers" (differences), "loss" or "".
+    course: Validation skill of each epoch.
     """
 
     train: float
@@ -54,6 +55,7 @@ class Outcome:
     settled: bool
     far: bool
     kind: str
+    course: tuple[float, ...] = ()
 
     @property
     def skill(self) -> float:
@@ -90,7 +92,7 @@ def _outcome(run: Run) -> Outcome:
     validation, _ = _skill(run, last, "val_", "validation", extra)
     each = [_skill(run, epoch.logs, "val_", "validation", extra)[0] for epoch in run.epochs]
     best = max((value for value in each if math.isfinite(value)), default=NAN)
-    return Outcome(train, validation, best, constant_loss(run, "train"), data_loss, settled, far, kind)
+    return Outcome(train, validation, best, constant_loss(run, "train"), data_loss, settled, far, kind, tuple(each))
 
 
 def _regulariser(run: Run) -> float:
@@ -104,8 +106,15 @@ def _skill(run: Run, logs: Mapping[str, float], prefix: str, side: str, extra: f
         return NAN, ""
     target = targets[0]
     labels = target.get("labels") or {}
-    chance = _chance(target)
     loss = program.loss_name(run)
+    weighted = _class_weights(run, target)
+    if weighted is not None and not prefix:
+        # The accuracy counts samples, the training counts their weights: the loss tells what was learnt.
+        value = logs.get("loss", NAN) - extra
+        return (1 - value / weighted, "loss") if weighted > 0 else (NAN, "")
+    if weighted is not None or any(_vary(leaf) for leaf in program.leaves(run, "weights", side)):
+        return NAN, ""
+    chance = _chance(target)
     accuracy = next((float(logs[prefix + name]) for name in ACCURACIES if prefix + name in logs), NAN)
     # Whole numbers under a loss of differences are amounts; an accuracy says nothing about them.
     kinds = ("one_hot", "binary") if "squared" in loss or "absolute" in loss else ("one_hot", "binary", "integer")
@@ -125,7 +134,7 @@ def _skill(run: Run, logs: Mapping[str, float], prefix: str, side: str, extra: f
         return 1 - (absolute / deviation) ** 2, "numbers"
     constant = constant_loss(run, side)
     if math.isfinite(constant) and constant > 0 and math.isfinite(value):
-        return 1 - value / constant, "classes" if "entropy" in loss else "numbers"
+        return 1 - value / constant, "loss"
     return NAN, ""
 
 
@@ -149,6 +158,25 @@ def constant_loss(run: Run, side: str = "train") -> float:
     if loss in SQUARED:
         return _variance(target)
     return _deviation(target) if loss in ABSOLUTE else NAN
+
+
+def _class_weights(run: Run, target: Mapping[str, Any]) -> float | None:
+    """Loss of the best constant under the class weights of fit; None where there are none, NaN where it is "
+    "not known."""
+    given = program.asked(run, "class_weight")
+    counts = (target.get("labels") or {}).get("counts")
+    if not given:
+        return None
+    if not isinstance(given, Mapping) or not counts or "entropy" not in program.loss_name(run):
+        return NAN
+    weights = {k: n * program.number(given.get(k, 1.0)) for k, n in counts.items()}
+    return sum(weights.values()) / sum(counts.values()) * _entropy(weights)
+
+
+def _vary(leaf: Mapping[str, Any]) -> bool:
+    """Whether sample weights differ from sample to sample."""
+    low, high = program.number(leaf.get("min")), program.number(leaf.get("max"))
+    return low != high
 
 
 def _chance(target: Mapping[str, Any]) -> float:

@@ -25,6 +25,7 @@ DIFFERENCES = (
     "log_cosh",
     "mean_squared_logarithmic_error",
 )
+POSITIVE = ("poisson", "mean_squared_logarithmic_error", "kl_divergence")
 RANGE = {
     "sigmoid": (0.0, 1.0),
     "hard_sigmoid": (0.0, 1.0),
@@ -214,6 +215,20 @@ def _misfit(head: program.Head, target: Mapping[str, Any]) -> tuple[tuple[str, .
             f"Labels of {span} for {head.units} outputs: a class number must be under the number of outputs.",
             (f"Dense({int(high) + 1}) at the end, or labels from 0: y = y - {low:g}.",),
         )
+    if head.loss in POSITIVE and low < 0:
+        return (
+            ("wrong_loss", "label_range", "targets_unnormalised"),
+            f"The targets reach from {span}, and {head.loss} is made for amounts that are not negative.",
+            ("loss='mean_squared_error', or 'huber'.",),
+        )
+    shape = target.get("shape") or []
+    width = shape[-1] if len(shape) > 1 else 1
+    if head.loss in DIFFERENCES and head.units > 1 and width == 1 and len(shape) <= 2:
+        return (
+            ("wrong_loss", "output_units"),
+            f"One number a sample as target and {head.units} outputs: {head.loss} compares it with each of them.",
+            ("Classes: loss='sparse_categorical_crossentropy' with a softmax. A number: Dense(1) at the end.",),
+        )
     if head.loss == "categorical_crossentropy" and head.units > 1 and kind != "one_hot":
         mean = target.get("mean")
         total = (
@@ -235,6 +250,41 @@ def _misfit(head: program.Head, target: Mapping[str, Any]) -> tuple[tuple[str, .
                 (f"Dense({head.units}, activation='sigmoid') with loss='binary_crossentropy'.",),
             )
     return None
+
+
+@rule
+def differences_of_classes(run: Run) -> Iterator[Finding]:
+    """A loss of differences on classes.
+
+    Means:   the labels are classes (one-hot, or 0 and 1), the loss is a squared or absolute error, and the model learnt
+             little.
+    Matters: behind a sigmoid or softmax its gradient vanishes just where the model is most wrong; without either it
+             also punishes answers that are more than right.
+    Try:     a cross-entropy.
+    Source:  Golik et al., Cross-entropy vs. squared error training, 2013.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> [finding.causes[0] for finding in differences_of_classes(stuck(loss="mean_squared_error"))]
+    ['wrong_loss']
+    >>> list(differences_of_classes(learning(loss="mean_squared_error")))
+    []
+    """
+    targets = program.leaves(run, "targets")
+    kind = (targets[0].get("labels") or {}).get("kind") if len(targets) == 1 else None
+    loss, ended = program.loss_name(run), outcome(run)
+    if kind not in ("one_hot", "binary") or loss not in DIFFERENCES or not ended.poor(0.6):
+        return
+    usual = "binary_crossentropy" if kind == "binary" else "categorical_crossentropy"
+    yield about(
+        run,
+        "differences_of_classes",
+        "warning",
+        0.5,
+        ("wrong_loss", "wrong_output_activation"),
+        f"The labels are classes and the loss is {loss}, and the model learnt little (skill {ended.skill:.2f}).",
+        {"loss": loss, "labels": kind, "skill": ended.skill},
+        (f"loss={usual!r} with activation={'sigmoid' if kind == 'binary' else 'softmax'!r} on the last layer.",),
+    )
 
 
 @rule
