@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOME = {
     "fit": "trainrt.loop",
     "clip": "trainrt.clip",
+    "Checkpoint": "trainrt.checkpoint",
     "determinism": "trainrt.determinism",
     "digits": "trainrt.digits",
     "Run": "trainrt.run",

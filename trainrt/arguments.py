@@ -9,8 +9,10 @@ from typing import Any
 
 import keras
 
+from trainrt import checkpoint as checkpoints
 from trainrt import clip as clips
 from trainrt import doors, replicas
+from trainrt.checkpoint import Checkpoint
 from trainrt.clip import Clip
 from trainrt.determinism import modes
 from trainrt.determinism.digests import Digests, asked
@@ -32,6 +34,7 @@ class Request:
       seed: For all random generators, or None.
       digests: What is digested, or None.
       trace: Steps to trace, the last one excluded; "auto"; None: none.
+      checkpoint: Where and when to save the training, or None.
     """
 
     logdir: str | None
@@ -42,6 +45,7 @@ class Request:
     seed: int | None = None
     digests: Digests | None = None
     trace: tuple[int, int] | str | None = None
+    checkpoint: Checkpoint | None = None
 
 
 def check(
@@ -56,6 +60,7 @@ def check(
     sinks: Any,
     seed: Any = None,
     digests: Any = None,
+    checkpoint: Any = None,
 ) -> Request:
     """Checks the model and the arguments that are not Keras's.
 
@@ -83,6 +88,7 @@ def check(
         modes.checked(seed),
         asked(digests, bool(deterministic)),
         _trace(trace),
+        checkpoints.resolve(checkpoint),
     )
     if request.clip is not None:
         _one_clip(model, request.clip)

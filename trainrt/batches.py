@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from trainrt import doors
-from trainrt.audit import Watched
+from trainrt import doors, position
+from trainrt.audit import Watched, pipeline
 from trainrt.resident import BATCH_BYTES, TOTAL_BYTES, Resident
 
 
@@ -32,10 +32,18 @@ class Batches:
     """Batches of x, y and sample_weight, one epoch after the other.
 
     An *execution* is `steps_per_execution` steps: Keras counts, stops and warns by executions. What goes by is shown to
-    `watched`.
+    `watched`, but for a pipeline whose position is kept: TensorFlow saves none that Python looks into.
     """
 
-    def __init__(self, model: keras.Model, *, watched: Watched | None = None, steps_per_epoch: int | None, **data):
+    def __init__(
+        self,
+        model: keras.Model,
+        *,
+        watched: Watched | None = None,
+        steps_per_epoch: int | None,
+        keeps_position: bool = False,
+        **data,
+    ):
         most = keras.config.max_steps_per_epoch()
         if most and (not steps_per_epoch or most < steps_per_epoch):
             warnings.warn(f"Limiting steps_per_epoch to {most}", stacklevel=3)
@@ -46,8 +54,13 @@ class Batches:
         self._adapter = doors.data_adapter(steps_per_epoch=steps_per_epoch, **data)
         self._source: Any = self._resident() or doors.distributed(model, self._adapter.get_tf_dataset())
         self._size = self._adapter.num_batches
+        self._keeps_position = keeps_position
         self._iterator: Any = None
+        self._spent: Any = None  # the iterator that has come to its end: it knows how the next epoch is shuffled
         self._seen = 0
+        self._begun = 0  # the next batch of the epoch
+        self._within = False
+        self._log: list[str | int] = []
 
     @property
     def num_batches(self) -> int | None:
@@ -86,30 +99,42 @@ class Batches:
     def epoch(self) -> Generator[Execution, tuple[int, bool], None]:
         """Yields where the epoch stands; is sent how many executions ran there and whether the data ended in them."""
         per = self._model.steps_per_execution
-        self._adapter.on_epoch_begin()
         limit = self._steps_per_epoch or self._size
-        if self._iterator is None or self._steps_per_epoch is None or not limit:
-            self._begin()
-        begin = 0
-        while not limit or begin < limit:
+        if self._within:  # gone back into
+            self._within = False
+        else:
+            self._begin_epoch()
+            if self._iterator is None or self._steps_per_epoch is None or not limit:
+                self._begin()
+            self._begun = 0
+        while not limit or self._begun < limit:
             if self._size and self._seen >= self._size:
                 if self._steps_per_epoch:
                     self._warn_interrupted()
                 break
-            bounds = [b for b in (limit and limit - begin, self._size and self._size - self._seen) if b]
-            ran, ended = yield Execution(begin, -(-min(bounds) // per) if bounds else None, self._iterator)
+            bounds = [b for b in (limit and limit - self._begun, self._size and self._size - self._seen) if b]
+            ran, ended = yield Execution(self._begun, -(-min(bounds) // per) if bounds else None, self._iterator)
             self._seen += ran * per
-            begin += ran * per
+            self._begun += ran * per
+            self._note(ran * per)
             if ended:
                 self._seen += per
                 self._size = self._size or self._seen
                 self._warn_interrupted()
-                self._iterator = None
-                self._adapter.on_epoch_end()
+                self._iterator, self._spent = None, self._iterator
+                self._end_epoch()
                 return
         if self._size and self._seen >= self._size:
             self._begin(used=self._steps_per_epoch is not None)  # or else the next epoch begins once more, as in Keras
+        self._end_epoch()
+
+    def _begin_epoch(self) -> None:
+        self._adapter.on_epoch_begin()
+        self._note("epoch")
+
+    def _end_epoch(self) -> None:
         self._adapter.on_epoch_end()
+        self._note("end")
 
     def _begin(self, used: bool = True) -> None:
         if isinstance(self._source, Resident):
@@ -117,8 +142,104 @@ class Batches:
             if used:
                 self._watched.arrays(self._iterator.arrays, self._iterator.order, self._iterator.batch_size)
         else:
-            self._iterator = iter(self._watched.watch(self._source) if used else self._source)
+            watched = used and not self._keeps_position
+            self._iterator = iter(self._watched.watch(self._source) if watched else self._source)
         self._seen = 0
+        self._note("iterator")
+
+    def _note(self, what: str | int) -> None:
+        """Keeps what has been read, for whom it has to be read once more."""
+        if not self._keeps_position:
+            return
+        if isinstance(what, int) and self._log and isinstance(self._log[-1], int):
+            self._log[-1] += what
+        else:
+            self._log.append(what)
+
+    # ----------------------------------------------------------------------------------------------- going back into it
+
+    def check_position(self) -> None:
+        """Checks that this source can be gone back into, before it has been read.
+
+        Raises:
+          ValueError: It cannot; the message names the remedy.
+        """
+        if self._adapter_shuffles_batches():
+            raise self._unpositioned('shuffle="batch" draws its numbers where nobody can save them.')
+        if isinstance(self._source, Resident):
+            return
+        if doors.reads_python(self._adapter):
+            raise self._unpositioned(f"A {doors.source_name(self._adapter)} cannot be gone back into.")
+        if not isinstance(self._source, tf.data.Dataset):
+            raise self._unpositioned(f"A {type(self._source).__name__} of several replicas has no position to save.")
+        position.check_repeats(self._source, pipeline)
+
+    def position(self, source: str | None) -> dict[str, Any]:
+        """Where the data stands between two executions, or between two epochs, as values and arrays.
+
+        Raises:
+          ValueError: The source cannot be gone back into.
+        """
+        if source == "skip":
+            place: dict[str, Any] = {"kind": "log", "log": list(self._log)}
+        else:
+            try:
+                place = position.state(self._iterator or self._spent, own=doors.is_over_arrays(self._adapter))
+            except position.Unpositioned as error:
+                raise self._unpositioned(str(error)) from error
+        return {**place, "seen": self._seen, "size": self._size, "begun": self._begun, "spent": self._iterator is None}
+
+    def go_back(self, saved: dict[str, Any], within: bool) -> None:
+        """Stands where `position` was taken, `within` an epoch or after one.
+
+        Raises:
+          ValueError: The data is not what it was.
+        """
+        if saved["kind"] == "log":
+            self._read_again(saved["log"])
+        else:
+            try:
+                self._iterator = position.go_back(saved, self._fresh)
+            except position.Unpositioned as error:
+                raise ValueError(
+                    f"A checkpoint goes back into the data that it was taken in. {error} "
+                    "Pass the same data, or another directory."
+                ) from error
+        if saved["spent"]:
+            self._iterator, self._spent = None, self._iterator
+        self._seen, self._size, self._begun = saved["seen"], saved["size"], saved["begun"]
+        self._within = within
+
+    def _fresh(self) -> Any:
+        return self._source.epoch() if isinstance(self._source, Resident) else iter(self._source)
+
+    def _read_again(self, log: list[str | int]) -> None:
+        for what in log:
+            if what == "epoch":
+                self._begin_epoch()
+            elif what == "end":
+                self._end_epoch()
+            elif what == "iterator":
+                self._begin(used=False)
+            else:
+                try:
+                    position.skip(self._iterator, int(what))
+                except position.Unpositioned as error:
+                    raise ValueError(
+                        f'`source="skip"` reads again what was trained on. {error} Pass the same source, from its '
+                        "beginning."
+                    ) from error
+                self._note(int(what))
+
+    def _adapter_shuffles_batches(self) -> bool:
+        return doors.is_over_arrays(self._adapter) and doors.shuffles_within_batches(self._adapter)
+
+    @staticmethod
+    def _unpositioned(why: str) -> ValueError:
+        return ValueError(
+            f"A resumed run goes on where its data stood. {why} If the source gives the same batches in every "
+            'run, pass checkpoint=trainrt.Checkpoint(directory, source="skip"): it is read again up to there.'
+        )
 
     def _warn_interrupted(self) -> None:
         warnings.warn(

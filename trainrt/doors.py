@@ -9,6 +9,8 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `TensorFlowTrainer` | is it a model that `fit` can train; is its `make_train_function` its own | a public trainer protocol |
 | `data_adapters.get_data_adapter` | x, y, sample_weight to the dataset that `Model.fit` reads | a public `keras.utils` function for it |
 | `ArrayDataAdapter` and four of its attributes, `array_slicing.convert_to_sliceable` | arrays that the loop reads itself; without them, Keras's dataset | nothing, it only saves time |
+| `TFDatasetAdapter` | can a checkpoint go back into the source | nothing |
+| `global_state`, `GLOBAL_SEED_GENERATOR` | the state of `keras.random` without a seed, in a checkpoint | a public `keras.random` function |
 | `array_slicing.train_validation_split` | `validation_split` | the same |
 | `data_adapter_utils.unpack_x_y_sample_weight` | `validation_data` | `keras.utils.unpack_x_y_sample_weight`, for tuples only |
 | `TFEpochIterator`, its `_distributed_dataset`, `model._eval_epoch_iterator` | `evaluate` inside `fit` builds its dataset once, and is watched | a public way to pass an iterator to `evaluate` |
@@ -36,6 +38,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -51,6 +54,7 @@ if keras.backend.backend() != "tensorflow":
 import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.backend.tensorflow import trainer as tf_trainer
+from keras.src.random import seed_generator
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters import array_data_adapter, array_slicing, data_adapter_utils
 from tensorflow.python.eager import context as tf_context
@@ -102,6 +106,32 @@ def dense_arrays(adapter, most_bytes: int, batch_bytes: int) -> tuple[Any, int, 
             return None
         arrays = keras.tree.map_structure(lambda a: None if a is None else tf.convert_to_tensor(a), arrays)
     return arrays, samples, batch_size, bool(adapter._shuffle)
+
+
+def is_over_arrays(adapter) -> bool:
+    """Whether an adapter reads arrays."""
+    return type(adapter) is array_data_adapter.ArrayDataAdapter
+
+
+def shuffles_within_batches(adapter) -> bool:
+    """Whether an adapter of arrays was given `shuffle="batch"`."""
+    return adapter._shuffle == "batch"
+
+
+def reads_python(adapter) -> bool:
+    """Whether an adapter calls Python for each batch: a generator, a `PyDataset`, a loader of PyTorch."""
+    return not isinstance(adapter, (array_data_adapter.ArrayDataAdapter, data_adapters.TFDatasetAdapter))
+
+
+def source_name(adapter) -> str:
+    """What an adapter adapts, for a message: "generator", "py dataset"."""
+    words = re.findall("[A-Z][a-z]*", type(adapter).__name__.removesuffix("Adapter").removesuffix("Data"))
+    return " ".join(words).lower()
+
+
+def global_seed_generator():
+    """Keras's own seed generator, for random ops that were given none; None as long as nobody asked for it."""
+    return global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
 
 
 def distributed(model: keras.Model, dataset):

@@ -66,6 +66,12 @@ def encode_header(wall_time: float | None = None) -> bytes:
     return event.SerializeToString()
 
 
+def encode_restart(step: int, wall_time: float | None = None) -> bytes:
+    """Tells TensorBoard that what it read of `step` and later steps is void: a run goes on from a checkpoint."""
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    return event_pb2.Event(wall_time=_now(wall_time), step=step, session_log=start).SerializeToString()
+
+
 def encode_roster(roster: Roster, environment: Mapping[str, Any], wall_time: float | None = None) -> bytes:
     """The event that opens a run: the names along the axes of all later ones, and the run's passport."""
     content = {"version": VERSION, "roster": json.loads(roster.to_json()), "environment": dict(environment)}
@@ -410,14 +416,20 @@ class Reader:
     @property
     def problems(self) -> list[str]:
         """What could not be read, a line each."""
-        problems = list(self._skips)
-        if self.skipped > len(problems):
-            problems.append(f"{self.skipped - len(problems)} more records were skipped.")
-        if self._stop:
-            problems.append(self._stop)
-        elif self.pending:
-            problems.append(f"The last {self.pending} bytes are no whole record: it is being written or was cut off.")
-        return problems
+        if not self._stop and self.pending:
+            return [
+                *self.damage,
+                f"The last {self.pending} bytes are no whole record: it is being written or was cut off.",
+            ]
+        return self.damage
+
+    @property
+    def damage(self) -> list[str]:
+        """What could not be read and is whole, a line each."""
+        damage = list(self._skips)
+        if self.skipped > len(damage):
+            damage.append(f"{self.skipped - len(damage)} more records were skipped.")
+        return [*damage, self._stop] if self._stop else damage
 
     def read(self) -> Iterator[Item]:
         """Yields what has become readable since the last call.

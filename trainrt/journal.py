@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -30,6 +30,20 @@ RECORD_BYTES = 256 << 20
 """Most bytes of a run's record, of any length."""
 
 
+class Resumed(NamedTuple):
+    """That a run goes on.
+
+    Attributes:
+      run: The name of its directory below `logdir`; None: it was not written.
+      step: Number of the next step.
+      over: Whether it is over already, so that there is nothing to write.
+    """
+
+    run: str | None
+    step: int
+    over: bool
+
+
 class Journal(contextlib.AbstractContextManager):
     """As a context: whatever ends the training, the record is complete and says how it ended.
 
@@ -39,6 +53,7 @@ class Journal(contextlib.AbstractContextManager):
 
       audit: What watches the data; the record tells what it saw.
       weights: Returns the digest of the model's weights, for the end of the record.
+      resumed: The run that goes on; the record goes on in its directory, if it is below `logdir`. None: a new one.
 
     Raises:
       OSError: `logdir` cannot be written; said before the first step.
@@ -54,15 +69,18 @@ class Journal(contextlib.AbstractContextManager):
         sinks: Sequence[Sink],
         audit: Audit | None = None,
         weights: Callable[[], str | None] = lambda: None,
+        resumed: Resumed | None = None,
     ):
         self._logdir = logdir
         self._audit = audit or Audit(enabled=False)
         self._weights = weights
         self.path: Path | None = None
         self._files: tuple[Sink, ...] = ()
+        self._resumed = resumed
         if logdir is not None:
-            self.path = _made(logdir)
-            self._files = (TensorBoard(self.path),)
+            before = None if resumed is None or resumed.run is None else Path(logdir) / Path(resumed.run).name
+            self.path = before if before is not None and before.is_dir() else _made(logdir)
+            self._files = () if resumed is not None and resumed.over else (TensorBoard(self.path),)
         self._memory = Memory(self.path)
         self._sinks = (self._memory, *self._files, *sinks)
         self._recorder: Recorder | None = None
@@ -79,6 +97,12 @@ class Journal(contextlib.AbstractContextManager):
 
     def open(self, roster: Roster | None, environment: Callable[[], Mapping[str, Any]]) -> None:
         roster = roster or Roster((), (), ())
+        if self._resumed is not None:
+            step, passport = self._resumed.step, environment
+
+            def environment():
+                return {**passport(), "resumed": {"step": step}}
+
         self._recorder = Recorder(roster, environment, self._sinks, RECORD_BYTES)
 
     def push(
@@ -94,6 +118,10 @@ class Journal(contextlib.AbstractContextManager):
         """Writes what `describe` returns, called later on the recorder's thread; nothing before the record is open."""
         if self._recorder is not None:
             self._recorder.document(kind, self._last_step, describe)
+
+    def mark(self) -> Callable[[], Any]:
+        """Call what is returned to wait until all that was recorded by now is on disk, in windows that end here."""
+        return (lambda: None) if self._recorder is None else self._recorder.mark().wait
 
     def epoch(self, epoch: Epoch) -> None:
         if self._recorder is not None:
@@ -111,7 +139,7 @@ class Journal(contextlib.AbstractContextManager):
         if self._recorder is None or begun < self._next_look:
             return []
         self._recorder.drain()
-        run = self._memory.run()
+        run = self._so_far()
         found = diagnose(run) if run is not None and len(run) else []
         new = [f for f in found if f.severity != "info" and (f.rule, f.causes[:1]) not in self._said]
         self._said.update((f.rule, f.causes[:1]) for f in new)
@@ -135,12 +163,19 @@ class Journal(contextlib.AbstractContextManager):
         self._tell_data()
         recorder.drain()
         end = {**self._end, "step": self._last_step, "wall_time": time.time(), "weights_digest": self._weights()}
-        run = self._memory.run()
+        run = self._so_far()
         if run is not None:
             run.end = end  # what came of a run is judged when it is over
         self.findings = diagnose(run) if run is not None and len(run) else []
         recorder.close([finding.to_dict() for finding in self.findings], end)
-        self.run = self._memory.run()
+        self.run = self._so_far()
+
+    def _so_far(self) -> Run | None:
+        """The run as recorded by now; of one that went on after a death, what it wrote before as well."""
+        if self._resumed is not None and self.path is not None:
+            with contextlib.suppress(OSError, ValueError):
+                return Run.open(self.path)
+        return self._memory.run()
 
     def tell(self) -> None:
         """Prints a line for each thing that is wrong and has not been said yet, under the progress bar of an epoch."""

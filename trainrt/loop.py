@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,19 +13,21 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainrt import arguments, doors, environment, fused, native, replicas, timing
+from trainrt import arguments, doors, environment, fused, native, replicas, resume, timing
 from trainrt.arguments import Request
 from trainrt.audit import Audit
 from trainrt.batches import Batches, Execution
+from trainrt.checkpoint import Checkpoint
 from trainrt.clip import Clip
 from trainrt.determinism import modes
 from trainrt.determinism.digests import Digests, Ledger
-from trainrt.journal import Journal, floats
+from trainrt.journal import Journal, Resumed, floats
 from trainrt.lockstep import Lockstep, meet
 from trainrt.pace import Pace, listens_to_batches
 from trainrt.phases import Scopes
 from trainrt.probe import Prober
 from trainrt.record import Epoch
+from trainrt.resume import Keeper, Start
 from trainrt.retracing import Retracing
 from trainrt.sinks import Sink
 from trainrt.step import Step
@@ -61,6 +64,7 @@ def fit(
     trace: tuple[int, int] | str | None = None,
     on_nonfinite: str = "report",
     sinks: Sequence[Sink] = (),
+    checkpoint: str | os.PathLike | Checkpoint | None = None,
 ) -> keras.callbacks.History:
     """Trains like `model.fit`, bit for bit, and records what every step does in every layer.
 
@@ -86,6 +90,8 @@ def fit(
       on_nonfinite: "report" goes on as Keras does and says where the first NaN was. "skip" and "stop" are not built
         yet.
       sinks: More places for the record, see `trainrt.sinks.Sink`.
+      checkpoint: A directory, or a `trainrt.Checkpoint`, for the checkpoints of this training. After a death the same
+        call goes on where the newest one was taken, and ends with the bits of a run that never stopped.
 
     Returns:
       The Keras `History`, with two attributes more: `run`, the `trainrt.Run`, and `findings`, the list of
@@ -109,6 +115,7 @@ def fit(
         sinks=sinks,
         seed=seed,
         digests=digests,
+        checkpoint=checkpoint,
     )
     mode = modes.enter(model, request.deterministic, request.seed)
     most = keras.config.max_epochs()
@@ -124,6 +131,7 @@ def fit(
     batches = Batches(
         model,
         watched=watched.train,
+        keeps_position=request.checkpoint is not None,
         x=x,
         y=y,
         sample_weight=sample_weight,
@@ -150,19 +158,22 @@ def fit(
         )
     if model.built:
         arguments.check_trainable(model, request)
-    training = _Training(model, batches, callbacks, request, given, watched, mode)
+    keeper = None if request.checkpoint is None else Keeper(request.checkpoint, model, batches)
+    training = _Training(model, batches, callbacks, request, given, watched, mode, keeper, epochs)
     clock = training.timing
-    with training.journal, training.measuring(), training.tracing:
+    with training.journal, training.measuring(), training.tracing, keeper or contextlib.nullcontext():
         model.stop_training = False
         model.make_train_function()
         with clock.of("callbacks"):
             callbacks.on_train_begin()
-        training_logs = None
-        for epoch in range(doors.initial_epoch(model, initial_epoch), epochs):
-            model.reset_metrics()
-            with clock.of("callbacks"):
-                callbacks.on_epoch_begin(epoch)
-            epoch_logs = training.epoch()
+        start = training.start(initial_epoch)
+        training_logs = start.logs
+        for epoch in range(start.epoch, epochs):
+            if not start.within or epoch > start.epoch:
+                model.reset_metrics()
+                with clock.of("callbacks"):
+                    callbacks.on_epoch_begin(epoch)
+            epoch_logs = training.epoch(epoch)
             if validation_data is not None and doors.should_evaluate(model, epoch, validation_freq):
                 size = validation_batch_size or batch_size
                 with clock.of("validation"):
@@ -177,7 +188,9 @@ def fit(
             training_logs = epoch_logs
             if verbose:
                 training.journal.tell()
-            if training.ends():
+            ends = training.ends()
+            training.ended_epoch(epoch_logs)
+            if ends:
                 break
         training.probe.end(training.step)
         if isinstance(model.optimizer, keras.optimizers.Optimizer) and epochs > 0:
@@ -228,6 +241,8 @@ class _Training:
         given: Mapping[str, Any],
         watched: Audit,
         mode: modes.Mode,
+        keeper: Keeper | None,
+        epochs: int,
     ):
         self._model = model
         self._batches = batches
@@ -236,6 +251,10 @@ class _Training:
         self._mode = mode
         self._pace = Pace()
         self._request = request
+        self._keeper = keeper
+        self._epochs = epochs
+        self._epoch = 0
+        self._epoch_logs: dict | None = None
         self._step: Step | None = None
         self._logs: Any = {}
         self.step = 0
@@ -246,8 +265,11 @@ class _Training:
         if self._lockstep is not None:
             self._lockstep.check(steps=batches.num_batches, epochs=given["epochs"], every=request.every)
         writes = self._lockstep is None or self._lockstep.seat.worker == 0
+        resumed = None
+        if keeper is not None and (begun := keeper.start()) is not None:
+            resumed = Resumed(keeper.run, keeper.step, begun.stopped or begun.epoch >= epochs)
         self.journal = Journal(
-            request.logdir if writes else None, request.sinks if writes else (), watched, self._weights
+            request.logdir if writes else None, request.sinks if writes else (), watched, self._weights, resumed
         )
         self.retracing = Retracing(lambda: self.step)
         self.timing = timing.Timing(timing.kind(given["x"]), timing.stages(given["x"]))
@@ -283,12 +305,59 @@ class _Training:
             told = {**self.timing.told(), "retraced": self.retracing.told()}
             self.journal.document("timing", lambda: told)
 
-    def epoch(self) -> dict:
-        """Trains on one epoch; returns its logs as Keras reports them."""
+    def start(self, initial_epoch: int) -> Start:
+        """Where to begin: where the caller says, or where a checkpoint was taken, with everything as it was there."""
+        model, keeper = self._model, self._keeper
+        if keeper is not None:
+            keeper.began(self._callbacks)
+            start = keeper.start()
+            if start is not None:
+                self._build()
+                if start.within:
+                    self._callbacks.on_epoch_begin(start.epoch)
+                self._logs = keeper.restore(self._callbacks)
+                self.step, self._epoch_logs = keeper.step, start.logs
+                self._begun_with = self._weights()
+                return start._replace(epoch=self._epochs) if start.stopped else start
+        return Start(doors.initial_epoch(model, initial_epoch), False, None, False)
+
+    def _build(self) -> None:
+        """Makes every variable of the training, whose values are about to be put back."""
+        if self._model.run_eagerly or doors.makes_own_train_function(self._model):
+            batch = resume.blank(self._batches.element_spec)
+            self._model.train_step(batch)
+        if not doors.makes_own_train_function(self._model):
+            self._step = self._prepared(self._batches)
+
+    def ended_epoch(self, logs: dict) -> None:
+        """The epoch is over, its validation and callbacks too."""
+        self._epoch_logs = logs
+        if self._keeper is not None:
+            with self.timing.of("writing"):
+                self._save(within=False)
+
+    def _save(self, within: bool) -> None:
+        assert self._keeper is not None
+        self._keeper.save(
+            epoch=self._epoch,
+            step=self.step,
+            within=within,
+            logs=self._epoch_logs,
+            last=self._logs,
+            stopped=bool(self._model.stop_training),
+            journal=self.journal,
+        )
+
+    def epoch(self, number: int) -> dict:
+        """Trains on one epoch, or what is left of it; returns its logs as Keras reports them."""
+        self._epoch = number
         model, callbacks, per = self._model, self._callbacks, self._model.steps_per_execution
         epoch = self._batches.epoch()
         place = next(epoch, None)
         while place is not None:
+            if self._keeper is not None and self._keeper.due(self.step):
+                with self.timing.of("writing"):
+                    self._save(within=True)
             with self.timing.of("callbacks"):
                 callbacks.on_train_batch_begin(place.begin)
             executions = self._executions(place)
@@ -369,6 +438,8 @@ class _Training:
             return 1
         first = self._step.most if self._step else 1
         steps = min(self._pace.steps, first, self.probe.room(self.step), self.tracing.room(self.step))
+        if self._keeper is not None:
+            steps = min(steps, self._keeper.until_due(self.step) or steps)
         return max(1, self.ledger.most(self.step, steps) // self._model.steps_per_execution)
 
     def _run(self, place: Execution, count: int) -> int:
@@ -424,6 +495,8 @@ class _Training:
         step.prepare(iterator.element_spec)
         if not self._model.run_eagerly:
             arguments.check_trainable(self._model, self._request)
+        if self._keeper is not None:
+            self._keeper.traced(step.variables, step.operations)
         return step
 
     def _open(self) -> None:

@@ -92,9 +92,13 @@ class Recorder:
 
     def drain(self) -> None:
         """Returns when all that was pushed has reached the sinks."""
+        self.mark().wait()
+
+    def mark(self) -> threading.Event:
+        """Ends the window that is open; the event is set when all that was pushed by now has reached the sinks."""
         done = threading.Event()
         self._queue.put(done)
-        done.wait()
+        return done
 
     def close(self, findings: Sequence[Mapping[str, Any]], end: Mapping[str, Any]) -> None:
         """Delivers what is left, closes the sinks and ends the thread."""

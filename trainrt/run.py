@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -113,10 +114,11 @@ class Run:
                     f"A run is a directory with an event file of trainrt, {_PATTERN}. Received: {str(logdir)!r}, "
                     "with none in it or below. Pass logdir= to trainrt.fit to record one."
                 )
-            path = files[-1]
-            beside = [file.name for file in files if file.parent == path.parent][:-1]
-            if beside:
-                problems.append(f"{path.parent} holds {len(beside) + 1} runs; only the newest is read, {path.name}.")
+            beside = [file for file in files if file.parent == files[-1].parent]
+            path = beside[_begin(beside)]
+            others = beside.index(path)
+            if others:
+                problems.append(f"{path.parent} holds {others + 1} runs; only the newest is read, {path.name}.")
         elif not path.exists():
             raise FileNotFoundError(
                 f"A run is opened by its log directory. Received: {str(logdir)!r}, which does not exist. "
@@ -136,7 +138,7 @@ class Run:
             return 0
         before, chunks = len(self), list(self._chunks)
         try:
-            for item in self._reader.read():
+            for item in self._items():
                 if isinstance(item, events.StoredRecord):
                     self._take_back(chunks, int(item.steps[0, 0]))
                     chunks.append(item)
@@ -149,11 +151,42 @@ class Run:
                 elif isinstance(item, events.End):
                     self.end = {k: v for k, v in dataclasses.asdict(item).items() if v is not None}
                 else:
-                    self.roster, self.environment = item.roster, item.environment
+                    self._open(item, chunks)
         finally:
             self._chunks = chunks
             self._small.clear()
         return len(self) - before
+
+    def _items(self) -> Iterator[events.Item]:
+        """What has become readable, in the files of a run that went on after a death one after the other."""
+        assert self._reader is not None
+        while True:
+            yield from self._reader.read()
+            if (continued := _continuation(self._reader.path)) is None:
+                return
+            self._problems += self._reader.damage
+            self._reader = events.Reader(continued)
+
+    def _open(self, opening: events.Opening, chunks: list) -> None:
+        resumed = _resumed(opening)
+        if resumed is None or not self.environment:
+            self.roster, self.environment = opening.roster, opening.environment
+            return
+        if not _same_weights(opening.roster, self.roster):
+            raise ValueError(
+                f"A run that goes on has the weights it had. Received: another roster in {self._reader.path}. "  # type: ignore[union-attr]
+                "Open that file by its own path."
+            )
+        self._take_back(chunks, resumed)
+        self.epochs = [epoch for epoch in self.epochs if epoch.step < resumed]
+        self.end, self.recorded_findings = None, []
+        first = {"weights_digest": self.environment.get("weights_digest"), "began": self.began}
+        self.environment = {**opening.environment, **first}
+
+    @property
+    def began(self) -> float | None:
+        """When the run began, in seconds since 1970, if its passport says: that of its first process."""
+        return self.environment.get("began", self.environment.get("start"))
 
     def _take_back(self, chunks: list, first: int) -> None:
         """Drops what was recorded from step `first` on: a run that resumes from a checkpoint writes it again."""
@@ -505,6 +538,58 @@ def _lives(pid: int, start: Any) -> bool:
         return False
     begun = time.time() - uptime + int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return not isinstance(start, int | float) or begun <= start + 1
+
+
+def _begin(files: Sequence[Path]) -> int:
+    """Which of the event files of a directory, in their order, the newest run begins with."""
+    at = len(files) - 1
+    for i in range(len(files) - 1, -1, -1):
+        opening = _opening(files[i])
+        if opening is not None:
+            at = i
+            if _resumed(opening) is None:
+                break
+    return at
+
+
+def _continuation(path: Path) -> Path | None:
+    """The event file beside this one with which its run goes on; None: there is none yet."""
+    try:
+        files = sorted(path.parent.glob(_PATTERN), key=_age)
+    except OSError:
+        return None
+    later = files[files.index(path) + 1 :] if path in files else []
+    for file in later:
+        opening = _opening(file)
+        if opening is not None:
+            return file if _resumed(opening) is not None else None
+    return None
+
+
+def _opening(file: Path) -> events.Opening | None:
+    """The first of our events in a file; None: it is not there yet, or cannot be read."""
+    try:
+        item = next(iter(events.Reader(file).read()), None)
+    except (OSError, ValueError):
+        return None
+    return item if isinstance(item, events.Opening) else None
+
+
+def _resumed(opening: events.Opening) -> int | None:
+    """The step from which a run goes on; None: it begins there."""
+    resumed = opening.environment.get("resumed")
+    step = resumed.get("step") if isinstance(resumed, dict) else None
+    return step if type(step) is int else None
+
+
+def _same_weights(a: Roster, b: Roster) -> bool:
+    """Whether two rosters have the same axes; a model made again in one process has other numbers in its names."""
+
+    def axes(roster: Roster) -> tuple:
+        weights = [(re.sub(r"_\d+(?=/|$)", "", p.path), p.shape, p.dtype) for p in roster.parameters]
+        return weights, roster.subjects, roster.scalars
+
+    return axes(a) == axes(b)
 
 
 def _age(file: Path) -> tuple[float, float, str]:

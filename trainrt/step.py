@@ -78,6 +78,7 @@ class Step:
         self.roster: Roster | None = None
         self.unseen: str | None = None
         self.paths: dict[str, str] = {}
+        self._traced: list = []
         self._plain = self._compiled(measuring=False)
         self._observed = self._compiled(measuring=True)
         self._digested = self._compiled(measuring=bool(every), digesting=True)
@@ -109,7 +110,7 @@ class Step:
 
         @tf.autograph.experimental.do_not_convert
         def one_step_together(data):
-            observer = replicas.Replicas(self._optimizers, self._clip, measuring, self._kernels)
+            observer = replicas.Replicas(self._optimizers, self._clip, measuring, self._kernels, max(self.every, 1))
             logs, vector = observer.run(model, data)
             return logs, self._noted(observer, vector)
 
@@ -135,15 +136,29 @@ class Step:
         if self._model.run_eagerly:
             return
         spec = self._spec = _without_optionals(element_spec)
+        traced = []
         if self._digest_every:
-            self._digested.get_concrete_function(spec)
+            traced.append(self._digested.get_concrete_function(spec))
             self.every = 0 if self.unseen else self.every
         if self.every and self._digest_every != 1:
-            self._observed.get_concrete_function(spec)
+            traced.append(self._observed.get_concrete_function(spec))
             if self.unseen:
                 self._see_nothing()
         if self.every != 1 and self._digest_every != 1:
-            self._plain.get_concrete_function(spec)
+            traced.append(self._plain.get_concrete_function(spec))
+        self._traced = traced
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """Every variable that the traced step reads or writes, generators of random numbers among them."""
+        return list({id(v): v for function in self._traced for v in function.variables}.values())
+
+    @property
+    def operations(self) -> set[str]:
+        """The types of the operations of the traced step."""
+        graphs = [function.graph.as_graph_def() for function in self._traced]
+        nodes = {node.op for graph in graphs for node in graph.node}
+        return nodes | {node.op for graph in graphs for f in graph.library.function for node in f.node_def}
 
     def _see_nothing(self) -> None:
         """Goes on with the step that was traced, though it shows nothing: one trace more could draw random numbers."""

@@ -64,6 +64,8 @@ class TensorBoard:
         self._roster = roster
         self._hparams = hyperparameters(environment)
         self._metrics: set[str] = set()
+        if "resumed" in environment:
+            self._put(events.encode_restart(int(environment["resumed"]["step"])))
         self._put(events.encode_roster(roster, environment))
         self._put(_event(custom_scalars.pb(layout(roster)), 0))
         self._put(_event(hparams.hparams_pb(self._hparams, trial_id=self.path.parent.name), 0))
