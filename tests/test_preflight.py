@@ -1,9 +1,12 @@
 """Preflight knows every op of the installed TensorFlow that determinism concerns, and finds it in a step."""
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import config
 
+import trainrt
 from trainrt.determinism import preflight
 from trainrt.determinism.hazards import CLEAN, FAMILIES, HAZARDS, HOST, RAISES, VARIES
 
@@ -105,3 +108,41 @@ def test_ops_inside_of_loops_are_found():
     inside = [issue for issue in found if issue.op == "TensorScatterAdd"]
     assert inside
     assert inside[0].layer.endswith("looping")
+
+
+class Runs:
+    """A deterministic fit, and the process in the fast mode again after it."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        config.disable_op_determinism()
+
+    def fit(self, layers, inputs, **arguments):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential([keras.Input(inputs), *layers])
+        model.compile("adam", "mse")
+        x = np.ones((8, *inputs), "float32")
+        return trainrt.fit(model, x, np.ones((8, 1), "float32"), verbose=0, deterministic=True, seed=1, **arguments)
+
+
+def test_fit_refuses_on_a_gpu_before_the_first_step_and_records_the_issues_elsewhere(monkeypatch):
+    def layers():
+        resizing = keras.layers.Resizing(6, 6, "nearest")
+        return [keras.layers.Conv2D(2, 1), resizing, keras.layers.Flatten(), keras.layers.Dense(1)]
+
+    with Runs() as runs:
+        run = runs.fit(layers(), (4, 4, 1)).run
+        (issue,) = run.document("preflight")["issues"]
+        assert issue["op"] == "ResizeNearestNeighborGrad"
+        listed = tf.config.list_physical_devices
+        gpu = listed("CPU")[0]
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: [gpu] if kind == "GPU" else listed())
+        with pytest.raises(RuntimeError, match="UpSampling2D"):
+            runs.fit(layers(), (4, 4, 1))
+
+
+def test_fit_warns_of_what_stays_non_deterministic():
+    with Runs() as runs, pytest.warns(UserWarning, match="will not be reproducible"):
+        runs.fit([keras.layers.Dense(3), Counting(True), keras.layers.Dense(1)], (4,))

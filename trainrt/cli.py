@@ -7,6 +7,7 @@ no TensorFlow.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainrt import __version__
+from trainrt.determinism import commands as determinism
 from trainrt.record import unique
 
 if TYPE_CHECKING:
@@ -66,9 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--good", type=Path, action="append", default=[], dest="more", metavar="DIR",
                          help="another run that was well, to see how much good runs vary; may be repeated")  # fmt: skip
+    compare.add_argument("--bits", action="store_true", help="say instead where the bits of the two part")
     compare.add_argument("--json", action="store_true", help="print JSON")
     compare.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page with plots")
     compare.set_defaults(command=_compare)
+
+    determinism.add(commands)
 
     explain = commands.add_parser("explain", help="list the rules, or print what one means")
     explain.add_argument("rule", nargs="?", help="name of a rule")
@@ -151,6 +156,8 @@ def _compare(options: argparse.Namespace) -> int:
     from trainrt.comparison.render import render
     from trainrt.run import Run
 
+    if options.bits:
+        return _compare_bits(options)
     try:
         goods, bads = [[Run.open(path) for path in paths] for paths in ((options.good, *options.more), options.bad)]
         compared = [compare(goods, bad) for bad in bads]
@@ -168,6 +175,25 @@ def _compare(options: argparse.Namespace) -> int:
             print("\n")
         render(each)
     return 0
+
+
+def _compare_bits(options: argparse.Namespace) -> int:
+    """0: identical; 1: they differ, or nothing was recorded that proves it."""
+    from trainrt.bits import compare_bits
+    from trainrt.run import Run
+
+    try:
+        verdicts = [compare_bits(Run.open(options.good), Run.open(bad)) for bad in options.bad]
+    except (OSError, ValueError) as error:
+        return _refuse(f"these runs cannot be compared: {error}")
+    if options.json:
+        said = [{**dataclasses.asdict(verdict), "identical": verdict.identical} for verdict in verdicts]
+        print(json.dumps({"bits": said}, indent=2, default=str))
+    else:
+        for bad, verdict in zip(options.bad, verdicts, strict=True):
+            _say(f"{options.good} and {bad}")
+            _say(str(verdict))
+    return 0 if all(verdict.identical for verdict in verdicts) else 1
 
 
 def _write_comparison(file: Path, named: list[tuple[str, Run]]) -> int:
@@ -295,6 +321,12 @@ def summary(run: Run) -> list[tuple[str, str]]:
         logs = ", ".join(f"{name} {value:.4g}" for name, value in last.logs.items() if isinstance(value, (int, float)))
         lines.append(("epochs", f"{len(run.epochs)}; the last: {logs}"))
     lines.extend(device_words.lines(run))
+    mode = environment.get("determinism")
+    if isinstance(mode, dict) and mode.get("enforced"):
+        proof = environment.get("certificate") or {}
+        lines.append(
+            ("bits", f"deterministic, fingerprint {mode.get('fingerprint')}; {proof.get('result', 'not proven')}")
+        )
     lines.append(("ended", _ending(run.end)))
     lines.extend(("problem", str(problem)) for problem in run.problems)
     return lines

@@ -6,7 +6,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 
 | private name | used for | what would replace it |
 |---|---|---|
-| `TensorFlowTrainer` | is it a model that `fit` can train; is its `make_train_function` its own | a public trainer protocol |
+| `TensorFlowTrainer` | is it a model that `fit` can train; is its `make_train_function` its own; where `fit` is taken over in a script | a public trainer protocol |
 | `data_adapters.get_data_adapter` | x, y, sample_weight to the dataset that `Model.fit` reads | a public `keras.utils` function for it |
 | `ArrayDataAdapter` and four of its attributes, `array_slicing.convert_to_sliceable` | arrays that the loop reads itself; without them, Keras's dataset | nothing, it only saves time |
 | `TFDatasetAdapter` | can a checkpoint go back into the source | nothing |
@@ -326,6 +326,11 @@ def without_dropout(model: keras.Model) -> Iterator[None]:
     finally:
         for owner, name, rate in before:
             owner.__dict__[name] = rate
+
+
+def fit_owner() -> Any:
+    """The class that `model.fit` comes from, for a script whose calls of it are taken over."""
+    return tf_trainer.TensorFlowTrainer
 
 
 def layers_of(model: keras.Model) -> list[keras.Layer]:

@@ -112,11 +112,11 @@ def passport(model: keras.Model, arguments: Mapping[str, Any]) -> dict[str, Any]
         "directory": os.getcwd,
         "python": platform.python_version,
         "platform": platform.platform,
-        "processor": _processor,
+        "processor": processor,
         "cores": os.cpu_count,
         "versions": lambda: {name: _version(name) for name in PACKAGES},
         "variables": lambda: {name: _clean(os.environ[name]) for name in VARIABLES if name in os.environ},
-        "devices": lambda: [_device(device) for device in tf.config.list_physical_devices()],
+        "devices": lambda: [device(each) for each in tf.config.list_physical_devices()],
         "tensorflow": _tensorflow,
         "strategy": lambda: type(model.distribute_strategy).__name__,
         "replicas": lambda: model.distribute_strategy.num_replicas_in_sync,
@@ -424,7 +424,8 @@ def _user() -> str | None:
         return None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -432,6 +433,7 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _device(device) -> str:
-    details = tf.config.experimental.get_device_details(device) if device.device_type == "GPU" else {}
-    return f"{device.device_type} {details.get('device_name', device.name.rpartition(':')[2])}"
+def device(each) -> str:
+    """A physical device by its kind and name."""
+    details = tf.config.experimental.get_device_details(each) if each.device_type == "GPU" else {}
+    return f"{each.device_type} {details.get('device_name', each.name.rpartition(':')[2])}"

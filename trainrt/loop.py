@@ -19,7 +19,7 @@ from trainrt.audit import Audit
 from trainrt.batches import Batches, Execution
 from trainrt.checkpoint import Checkpoint
 from trainrt.clip import Clip
-from trainrt.determinism import modes
+from trainrt.determinism import modes, preflight
 from trainrt.determinism.digests import Digests, Ledger
 from trainrt.journal import Journal, Resumed, floats
 from trainrt.lockstep import Lockstep, meet
@@ -249,6 +249,7 @@ class _Training:
         self._callbacks = callbacks
         self._given = given
         self._mode = mode
+        self._preflight: dict[str, Any] | None = None
         self._pace = Pace()
         self._request = request
         self._keeper = keeper
@@ -493,6 +494,9 @@ class _Training:
             function._trainrt = (key, step)
         step = function._trainrt[1]
         step.prepare(iterator.element_spec)
+        if self._request.deterministic:
+            graph = step.graph(iterator.element_spec)
+            self._preflight = preflight.before_training(self._model, graph, iterator.element_spec, self._mode.xla)
         if not self._model.run_eagerly:
             arguments.check_trainable(self._model, self._request)
         if self._keeper is not None:
@@ -524,6 +528,9 @@ class _Training:
             return {**known, "determinism": modes.passport(self._mode, self._model, known, self._given)}
 
         self.journal.open(roster, whole)
+        if self._preflight is not None:
+            told = self._preflight
+            self.journal.document("preflight", lambda: told)
 
     def _write_digests(self, describe) -> None:
         self.journal.document("digests", describe)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     import pandas
 
 T = TypeVar("T")
+CERTIFICATE = "certificate"
+"""Kind of the document with which `trainrt determinism prove` signs a run; it shows in the passport."""
+
 _SILENCE_S = 300.0
 _PATTERN = f"events.out.tfevents.*{events.SUFFIX}"
 
@@ -146,6 +149,8 @@ class Run:
                     self.epochs.append(item)
                 elif isinstance(item, Document):
                     self.documents.append(item)
+                    if item.kind == CERTIFICATE:
+                        self.environment[CERTIFICATE] = dict(item.content)
                 elif isinstance(item, events.Findings):
                     self.recorded_findings += [f for f in item.findings if f not in self.recorded_findings]
                 elif isinstance(item, events.End):

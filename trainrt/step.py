@@ -160,6 +160,13 @@ class Step:
         nodes = {node.op for graph in graphs for node in graph.node}
         return nodes | {node.op for graph in graphs for f in graph.library.function for node in f.node_def}
 
+    def graph(self, element_spec) -> tf.Graph | None:
+        """The graph of one step on such a batch, as it was traced; None under `run_eagerly`."""
+        if self._model.run_eagerly:
+            return None
+        step = self._digested if self._digest_every == 1 else self._observed if self.every else self._plain
+        return step.get_concrete_function(_without_optionals(element_spec)).graph
+
     def _see_nothing(self) -> None:
         """Goes on with the step that was traced, though it shows nothing: one trace more could draw random numbers."""
         self.every, self._plain = 0, self._observed

@@ -6,9 +6,11 @@ the data is not proven: what it lists may happen, what it does not list was not 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -98,6 +100,38 @@ def check(model: keras.Model, spec: Any, validation_spec: Any = None) -> list[Is
     if validation_spec is not None:
         issues += inspect(trace(model, validation_spec, "validation"), model, "validation")
     return issues
+
+
+def before_training(model: keras.Model, graph: tf.Graph | None, spec: Any, xla: bool) -> dict[str, Any]:
+    """What `fit` asks for in deterministic mode, so that nobody waits an hour for the first validation to fail.
+
+    Args:
+      graph: Of the training step, traced already; None: nothing is known.
+      spec: Of a batch.
+      xla: Whether XLA compiles the step.
+
+    Returns:
+      The issues, for the record.
+
+    Raises:
+      RuntimeError: An op of the step, or of a validation on such batches, would raise here.
+    """
+    gpu = bool(tf.config.list_physical_devices("GPU"))
+    issues = [] if graph is None else inspect(graph, model)
+    if gpu and graph is not None:
+        with contextlib.suppress(Exception):  # other data for the validation than such batches
+            issues += inspect(trace(model, spec, "validation"), model, "validation")
+    here = [issue for issue in issues if applies(issue, gpu, xla)]
+    fatal = [issue for issue in here if issue.effect == RAISES]
+    if fatal:
+        raise RuntimeError(
+            f"Deterministic training needs ops that have a deterministic kernel. Received: {model.name!r}, in which\n"
+            + "\n".join(map(str, fatal))
+        )
+    for issue in here:
+        if issue.effect == VARIES:
+            warnings.warn(f"trainrt: {model.name!r} will not be reproducible: {issue}", stacklevel=2)
+    return {"gpu": gpu, "xla": xla, "traced": graph is not None, "issues": [dataclasses.asdict(i) for i in issues]}
 
 
 def applies(issue: Issue, gpu: bool, xla: bool) -> bool:

@@ -1,0 +1,145 @@
+"""Fresh processes of a script are compared bit by bit; what varies is located, and what is proven is signed."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import trainrt
+from trainrt.determinism.prove import ScriptFailed, prove
+from trainrt.determinism.zoo import FAMILIES
+
+ZOO = """
+import sys, keras
+from trainrt.determinism.zoo import FAMILIES
+for name in sys.argv[2:]:
+    keras.backend.clear_session()
+    model, x, y = FAMILIES[name].make(int(sys.argv[1]))
+    model.fit(x, y, batch_size=FAMILIES[name].batch, verbose=0)
+"""
+
+CROPPING = """
+import keras, numpy as np, tensorflow as tf
+
+class Crops(keras.layers.Layer):
+    def call(self, x):
+        boxes = tf.random.stateless_uniform([256, 2], (1, 2)) * 0.5
+        boxes = tf.concat([boxes, boxes + 0.5], 1)
+        rows = tf.range(256) % tf.shape(x)[0]
+        return tf.reshape(tf.image.crop_and_resize(x, boxes, rows, (24, 24)), [16, -1])
+
+keras.utils.set_random_seed(1)
+model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Conv2D(16, 3, padding="same", name="before"), Crops(),
+                          keras.layers.Dense(2, name="after")])
+model.compile("sgd", "mse")
+rng = np.random.default_rng(0)
+model.fit(rng.standard_normal((256, 32, 32, 3), "float32"), rng.standard_normal((256, 2)), batch_size=16, verbose=0)
+"""
+
+RACING_MAP = """
+import keras, tensorflow as tf
+keras.utils.set_random_seed(1)
+noise = lambda i: (tf.random.normal([8], seed=1), tf.constant([1.0]))
+data = tf.data.Dataset.range(512).map(noise, num_parallel_calls=4).batch(16)
+model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+model.fit(data, verbose=0)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(text):
+        path = tmp_path / "train.py"
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    return write
+
+
+def test_an_embedding_with_sgd_varies_in_the_fast_mode_is_located_and_is_fixed(script, tmp_path, capsys):
+    path = script(ZOO)
+    fast = prove(path, ["12", "embedding_sgd"], runs=2, fast=True, logdir=tmp_path / "fast")
+    assert not fast.identical
+    found = fast.worst.difference
+    assert found.stage == "variable"
+    assert found.names[0].endswith("embedding/embeddings")
+    assert found.exact
+    assert "DIFFERS" in str(fast)
+
+    fixed = prove(path, ["12", "embedding_sgd"], runs=2, logdir=tmp_path / "fixed")
+    assert fixed.identical
+    assert fixed.distinct == 1
+    for paths in fixed.runs:
+        run = trainrt.Run.open(paths[0])
+        assert run.environment["certificate"]["identical"] is True
+        assert run.environment["determinism"]["enforced"] is True
+        assert run.end["how"] == "finished"
+        assert not run.problems
+
+    from trainrt import cli
+
+    left, right = (str(paths[0]) for paths in fixed.runs)
+    assert cli.main(["compare", "--bits", left, right]) == 0
+    assert "Bit-identical" in capsys.readouterr().out
+    left, right = (str(paths[0]) for paths in fast.runs)
+    assert cli.main(["compare", "--bits", "--json", left, right]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["bits"][0]["difference"]["stage"] == "variable"
+    assert cli.main(["report", right]) == 0
+    assert cli.main(["report", str(fixed.runs[0][0])]) == 0
+    assert "bit-identical in 2 processes" in capsys.readouterr().out
+
+
+def test_a_script_that_fails_is_told_with_its_last_words(script, tmp_path):
+    with pytest.raises(ScriptFailed, match="my own fault"):
+        prove(script("raise SystemExit('my own fault')"), runs=2, logdir=tmp_path)
+    with pytest.raises(ValueError, match="at least 2"):
+        prove(script("pass"), runs=1, logdir=tmp_path)
+
+
+def test_check_looks_at_a_script_up_to_its_first_fit(script):
+    path = script(
+        """
+        import keras, numpy as np
+        layers = [keras.layers.Conv2D(2, 1), keras.layers.Resizing(9, 9, "nearest"), keras.layers.Flatten()]
+        model = keras.Sequential([keras.Input((8, 8, 1)), *layers, keras.layers.Dense(1)])
+        model.compile("adam", "mse")
+        model.fit(np.ones((8, 8, 8, 1)), np.ones((8, 1)))
+        raise SystemExit("the first fit is enough")
+        """
+    )
+    command = [sys.executable, "-m", "trainrt", "determinism", "check", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "ResizeNearestNeighborGrad" in done.stdout
+    assert "UpSampling2D" in done.stdout
+
+
+@pytest.mark.slow
+def test_fourteen_families_are_bit_identical_in_six_processes(script, tmp_path):
+    names = list(FAMILIES)
+    certificate = prove(script(ZOO), ["8", *names], runs=6, logdir=tmp_path)
+    assert [len(paths) for paths in certificate.runs] == [len(names)] * 6
+    parted = {
+        (name, str(verdict))
+        for row in certificate.verdicts
+        for name, verdict in zip(names, row, strict=True)
+        if not verdict.identical
+    }
+    assert not parted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "stage", "name"), [(CROPPING, "gradient", "before"), (RACING_MAP, "batch", "x")], ids=["crops", "map"]
+)
+def test_what_varies_in_the_fast_mode_is_located_and_is_fixed(text, stage, name, script, tmp_path):
+    path = script(text)
+    fast = prove(path, runs=4, fast=True, logdir=tmp_path / "fast")
+    assert not fast.identical
+    assert fast.worst.difference.stage == stage
+    assert name in fast.worst.difference.names[0]
+    assert prove(path, runs=3, logdir=tmp_path / "fixed").identical
