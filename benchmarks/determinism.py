@@ -3,8 +3,8 @@
     python benchmarks/determinism.py [--workloads mlp cnn ...] [--modes fast deterministic ...] [--rounds 3]
         [--repeats 3] [--steps 50] [--logdir DIR] [--script SCRIPT ARGUMENTS...]
 
-Fast with XLA, fast without, deterministic without, deterministic with XLA: a fresh process each, taking turns. It prints
-a table and writes bench.json and bench.svg; the same command on a CPU and on a GPU.
+Fast with XLA, fast without, deterministic without, deterministic with XLA: a fresh process each, taking turns. It
+prints a table and writes bench.json and bench.svg; the same command on a CPU and on a GPU.
 """
 
 import sys

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import resource
 import statistics
@@ -177,8 +178,8 @@ def child(options: argparse.Namespace) -> None:
     said: list[dict[str, Any]] = []
 
     def taken(model: Any, *args: Any, **kwargs: Any) -> None:
-        arguments = {k: v for k, v in scripts.named(args, kwargs).items() if k not in _OVERRIDDEN}
-        said.append(_timed(fit, model, arguments, options, deterministic, xla))
+        given = {k: v for k, v in scripts.named(args, kwargs).items() if k not in _OVERRIDDEN}
+        said.append(_timed(fit, model, given, options, deterministic, xla))
         raise scripts.Enough
 
     scripts.run(options.script, options.arguments, taken)
@@ -203,27 +204,29 @@ def _timed(
     deterministic: bool,
     xla: bool,
 ) -> dict[str, Any]:
+    import keras
+
     from trainrt import doors
     from trainrt.determinism import modes, script
 
     mode: Any = (modes.XLA if xla else True) if deterministic else False
     if not deterministic:
         doors.set_jit(model, xla)
-    common = {**arguments, "verbose": 0, "observe": False, "deterministic": mode, "epochs": 1}
+    common = {**arguments, "verbose": 0, "observe": False, "deterministic": mode}
     script.limit(1)
     begun = time.perf_counter()
-    fit(model, **common)
+    fit(model, **common, epochs=1)
     compile_s = time.perf_counter() - begun
-    script.limit(options.steps)
-    fit(model, **common)  # kernels, threads and the input pipeline get warm
-    step_s = []
+    script.limit(options.steps, epochs=options.repeats + 1)
+    ends: list[float] = []
+    clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: ends.append(time.perf_counter()))
     with Card() as card:
-        for _ in range(options.repeats):
-            begun = time.perf_counter()
-            history = fit(model, **common)
-            ran = max(int(history.params.get("steps") or 0), 1)
-            step_s.append((time.perf_counter() - begun) / min(ran, options.steps))
-    fit(model, **common, logdir=options.logdir, digests=True)
+        # The first epoch warms up; what a call of `fit` costs once is in none of the others.
+        history = fit(model, **common, epochs=options.repeats + 1, callbacks=[clock])
+    steps = min(int(history.params.get("steps") or options.steps), options.steps)
+    step_s = [(b - a) / max(steps, 1) for a, b in itertools.pairwise(ends)]
+    script.limit(options.steps)
+    fit(model, **common, epochs=1, logdir=options.logdir, digests=True)
     return {
         "step_s": step_s,
         "compile_s": compile_s,

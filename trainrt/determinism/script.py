@@ -58,10 +58,10 @@ def run(script: str | Path, arguments: Sequence[str], fit: Callable[..., Any]) -
     return calls
 
 
-def limit(steps: int | None) -> None:
-    """No fit of this process runs more than one epoch of so many steps."""
+def limit(steps: int | None, epochs: int = 1) -> None:
+    """No fit of this process runs more than so many epochs of so many steps; None: no limit."""
     if steps:
-        keras.config.set_max_epochs(1)
+        keras.config.set_max_epochs(epochs)
         keras.config.set_max_steps_per_epoch(steps)
 
 
