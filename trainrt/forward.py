@@ -168,9 +168,10 @@ def describe(output: np.ndarray, activation: str | None, channels_first: bool = 
     Returns:
       `shape`; `mean`, `std`, `min`, `max` of the finite elements; `nonfinite_share`; `zero_share` of the elements;
       `units`, and of them the shares `zero_units` (exactly 0 in every row and place), `constant_units` (one value in
-      every row and place); `spread`, the deviation from row to row over the root mean square: 0 says that the output
-      does not depend on the input; `saturated_share` of the elements where the activation is flat, and
-      `saturated_units`, the share of units flat in 95 % of the rows (None where the activation has no flat end).
+      every row and place), `equal_units` (the same numbers as the first unit, itself not counted); `spread`, the
+      deviation from row to row over the root mean square: 0 says that the output does not depend on the input;
+      `saturated_share` of the elements where the activation is flat, and `saturated_units`, the share of units flat in
+      95 % of the rows and places (None where the activation has no flat end).
     """
     shape = list(output.shape)
     a = np.asarray(output, np.float32)
@@ -203,10 +204,18 @@ def describe(output: np.ndarray, activation: str | None, channels_first: bool = 
         "units": int(flat.shape[1]),
         "zero_units": float(((lowest == 0) & (highest == 0)).mean()),
         "constant_units": float((highest - lowest <= 1e-6 * np.maximum(abs(highest), abs(lowest))).mean()),
+        "equal_units": float(_equal(flat).mean()) if flat.shape[1] > 1 else 0.0,
         "spread": float(np.sqrt(over_rows / square)) if square else 0.0,
         "saturated_share": None if saturated is None else float(saturated.mean()),
         "saturated_units": None if saturated is None else float((saturated.mean(0) > 0.95).mean()),
     }
+
+
+def _equal(flat: np.ndarray) -> np.ndarray:
+    """[units - 1] bool: which units put out what the first does, in a few hundred rows and places."""
+    few = flat[:: max(1, len(flat) // 256)]
+    size = np.abs(few).max() + 1e-30
+    return np.abs(few[:, 1:] - few[:, :1]).max(0) <= 1e-5 * size
 
 
 def _saturated(flat: np.ndarray, activation: str | None) -> np.ndarray | None:

@@ -16,8 +16,9 @@ that are not finite are the strings "nan", "inf" and "-inf". Its content:
 `rows`      Rows of the kept batch; `source`: "arrays" or "first rows".
 `cost_s`    Seconds of training time that this look took; `spent_s`: all so far.
 `layers`    For each layer that ran, in the order in which they ended: `path`, `class`, `activation`, and the numbers of
-            `forward.describe` about its output in training mode: `zero_units`, `constant_units`, `saturated_share`,
-            `saturated_units`, `spread`, `mean`, `std`, `min`, `max`, `shape`, `units`, `nonfinite_share`, `zero_share`.
+            `forward.describe` about its output in training mode: `zero_units`, `constant_units`, `equal_units`,
+            `saturated_share`, `saturated_units`, `spread`, `mean`, `std`, `min`, `max`, `shape`, `units`,
+            `nonfinite_share`, `zero_share`.
 `outputs`   The same for each output of the model, and `sums_to_one`: the axes along which non-negative outputs sum to 1
             in every place, as [-1]; [0] is a softmax over the batch.
 `loss`      Of the kept batch in training mode: `total`, `data` (what `compile` gave), `regularization` (regularisers
