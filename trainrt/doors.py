@@ -26,7 +26,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `model._compile_loss._user_loss`, `model._compile_metrics._user_metrics` | what `compile` was given, for the passport | `model.get_compile_config` |
 | `layer._flatten_layers`, `layer._call_has_training_arg` | every layer at any depth; a forward pass that shows its output | a public `keras.Layer.layers` for layers too |
 | `tensor._keras_history` | which layer makes an output | a public name for it |
-| `context._rng` of TensorFlow | puts TensorFlow's eager random state back after a pass | a public name for it |
+| `context._rng` of TensorFlow | a pass draws none of the op seeds that are drawn after it | a public name for it |
 | `optimizer._distribution_strategy`, `LossScaleOptimizer._common_apply`, `Strategy.extended._use_merge_call` | updates one replica as if it were alone, with `tf.cond` and gradient accumulation | an `apply` that takes reduced gradients, as Keras 2 had |
 | `SeedGenerator.next` | other dropout masks on each replica | a seed of each replica's own in Keras |
 | `optimizer._get_current_learning_rate` | an experiment with another rate, whatever it comes from | a setter that takes a schedule back |
@@ -406,16 +406,21 @@ def producer(tensor):
     return getattr(getattr(tensor, "_keras_history", None), "operation", None)
 
 
-def eager_random_state():
-    """The state of TensorFlow's eager generator of op seeds; None where there is none."""
-    generator = getattr(tf_context.context(), "_rng", None)
-    return None if generator is None else generator.getstate()
+@contextlib.contextmanager
+def eager_seeds_of_its_own() -> Iterator[None]:
+    """What runs inside draws TensorFlow's eager op seeds from another generator: none of those that are drawn later.
 
-
-def set_eager_random_state(state) -> None:
-    """Puts back what `eager_random_state` returned."""
+    To put the state back is not enough: an eager kernel is kept by its seeds, and goes on where it was.
+    """
     generator = getattr(tf_context.context(), "_rng", None)
-    if generator is not None and state is not None:
+    if generator is None:
+        yield
+        return
+    state = generator.getstate()
+    generator.seed(f"trainrt {state[1][:3]}")
+    try:
+        yield
+    finally:
         generator.setstate(state)
 
 

@@ -79,14 +79,16 @@ def untouched(model: keras.Model, state: Sequence[tuple] = ()) -> Iterator[keras
     foreign = [layer for layer in (model, *doors.layers_inside(model)) if not own(layer)]
     plain = [{k: v for k, v in vars(layer).items() if isinstance(v, _PLAIN)} for layer in foreign]
     raw = [(v, tf.identity(v)) for layer in foreign for v in _raw_variables(layer)]
-    states = random.getstate(), np.random.get_state(), doors.eager_random_state()
+    states = random.getstate(), np.random.get_state()
     try:
-        with keras.StatelessScope(state_mapping=list(state), collect_losses=True) as scope:
+        with (
+            doors.eager_seeds_of_its_own(),
+            keras.StatelessScope(state_mapping=list(state), collect_losses=True) as scope,
+        ):
             yield scope
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        doors.set_eager_random_state(states[2])
         for variable, value in raw:
             variable.assign(value)
         for layer, attributes in zip(foreign, plain, strict=True):

@@ -78,18 +78,14 @@ def take(model: keras.Model, sample: Sample, step: int, when: str, known: Refere
             with _noting(errors, "gradient"):
                 gradients = tape.gradient(loss["total"], [doors.raw(v) for v in variables])
                 regularizers = [_regularizer_gradient(v) for v in variables]
-        if moody:
-            with _noting(errors, "inference"):
-                inference = forward.run(model, sample.x, training=False)
-                batch = forward.run(model, sample.x, False, batch_statistics=True) if norms and drops else None
-                if loss["data"] is not None:
-                    arguments = sample.y, inference.outputs, sample.sample_weight
-                    loss["inference"] = doors.data_loss(model, *arguments)
-                    if batch is not None:
-                        loss["batchnorm"] = doors.data_loss(model, sample.y, batch.outputs, sample.sample_weight)
-        if known is None and loss["data"] is not None:
-            with _noting(errors, "reference"):
-                known = reference.losses(model, sample.y, sample.sample_weight, training.outputs)
+    if moody:
+        with _noting(errors, "inference"):
+            inference, loss["inference"] = _pass(model, sample, batch_statistics=False)
+            if norms and drops:
+                batch, loss["batchnorm"] = _pass(model, sample, batch_statistics=True)
+    if known is None and loss["data"] is not None:
+        with _noting(errors, "reference"), forward.untouched(model):
+            known = reference.losses(model, sample.y, sample.sample_weight, training.outputs)
     batch = batch or (training if norms else None)
     loss["batchnorm"] = loss["batchnorm"] if loss["batchnorm"] is not None else loss["data"] if norms else None
     weights = [tf.identity(doors.raw(v)) for v in variables] if gradients is not None else []
@@ -120,6 +116,14 @@ def advance(model: keras.Model, sample: Sample, look: Look, steps: int) -> dict[
         "update": tf.add_n(squares),
         "gradient": tf.add_n(gradient_squares or zero),
     }
+
+
+def _pass(model: keras.Model, sample: Sample, batch_statistics: bool) -> tuple[forward.Pass, tf.Tensor | None]:
+    """A pass in inference mode from the state of the model, which an earlier one in the same scope would have moved."""
+    with forward.untouched(model):
+        seen = forward.run(model, sample.x, training=False, batch_statistics=batch_statistics)
+        standard = _standard_loss(model)
+        return seen, doors.data_loss(model, sample.y, seen.outputs, sample.sample_weight) if standard else None
 
 
 def _standard_loss(model: keras.Model) -> bool:
