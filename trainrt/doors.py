@@ -406,6 +406,19 @@ def producer(tensor):
     return getattr(getattr(tensor, "_keras_history", None), "operation", None)
 
 
+def eager_random_state():
+    """The state of TensorFlow's eager generator of op seeds; None where there is none."""
+    generator = getattr(tf_context.context(), "_rng", None)
+    return None if generator is None else generator.getstate()
+
+
+def set_eager_random_state(state) -> None:
+    """Puts back what `eager_random_state` returned."""
+    generator = getattr(tf_context.context(), "_rng", None)
+    if generator is not None and state is not None:
+        generator.setstate(state)
+
+
 @contextlib.contextmanager
 def eager_seeds_of_its_own() -> Iterator[None]:
     """What runs inside draws TensorFlow's eager op seeds from another generator: none of those that are drawn later.
@@ -416,12 +429,12 @@ def eager_seeds_of_its_own() -> Iterator[None]:
     if generator is None:
         yield
         return
-    state = generator.getstate()
+    state = eager_random_state()
     generator.seed(f"trainrt {state[1][:3]}")
     try:
         yield
     finally:
-        generator.setstate(state)
+        set_eager_random_state(state)
 
 
 @contextlib.contextmanager
