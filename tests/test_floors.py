@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "trainrt"
 
 FLOORS = (
-    {"record", "digits", "phases", "charts", "launch"},
+    {"record", "digits", "signals", "phases", "charts", "launch"},
     {"statistics", "events", "synthetic", "digest", "relation"},
     {"checkpoint", "run", "doors", "native", "clip", "taps", "resident", "matched", "survey"},
     {"findings", "moments", "audit", "bits", "forward", "device_words", "trace_reading"},

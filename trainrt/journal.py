@@ -19,6 +19,7 @@ from trainrt.findings.render import printable, render
 from trainrt.record import Epoch, Roster
 from trainrt.recorder import Recorder
 from trainrt.run import Run
+from trainrt.signals import Terminated
 from trainrt.sinks import Sink
 from trainrt.sinks.memory import Memory
 from trainrt.sinks.tensorboard import TensorBoard, run_directory
@@ -153,9 +154,9 @@ class Journal(contextlib.AbstractContextManager):
 
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None:
-            interrupted = issubclass(kind, KeyboardInterrupt)
+            interrupted = issubclass(kind, (KeyboardInterrupt, Terminated))
             how = "interrupted" if interrupted else "exception"
-            self._end = {"how": how, "detail": "" if interrupted else f"{kind.__name__}: {error}"[:2000]}
+            self._end = {"how": how, "detail": str(error) if interrupted else f"{kind.__name__}: {error}"[:2000]}
         if self._recorder is None:
             self.open(None, dict)
         recorder = self._recorder

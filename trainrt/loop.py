@@ -29,6 +29,7 @@ from trainrt.probe import Prober
 from trainrt.record import Epoch
 from trainrt.resume import Keeper, Start
 from trainrt.retracing import Retracing
+from trainrt.signals import Signals
 from trainrt.sinks import Sink
 from trainrt.step import Step
 from trainrt.telemetry import Telemetry
@@ -161,7 +162,8 @@ def fit(
     keeper = None if request.checkpoint is None else Keeper(request.checkpoint, model, batches)
     training = _Training(model, batches, callbacks, request, given, watched, mode, keeper, epochs)
     clock = training.timing
-    with training.journal, training.measuring(), training.tracing, keeper or contextlib.nullcontext():
+    saving = keeper or contextlib.nullcontext()
+    with training.journal, training.measuring(), training.tracing, saving, training.signals:
         model.stop_training = False
         model.make_train_function()
         with clock.of("callbacks"):
@@ -266,7 +268,10 @@ class _Training:
         if self._lockstep is not None:
             self._lockstep.check(steps=batches.num_batches, epochs=given["epochs"], every=request.every)
         writes = self._lockstep is None or self._lockstep.seat.worker == 0
+        self.signals = Signals(keeper is not None or request.logdir is not None)
         resumed = None
+        if keeper is not None:
+            keeper.writes = writes
         if keeper is not None and (begun := keeper.start()) is not None:
             resumed = Resumed(keeper.run, keeper.step, begun.stopped or begun.epoch >= epochs)
         self.journal = Journal(
@@ -336,6 +341,15 @@ class _Training:
         if self._keeper is not None:
             with self.timing.of("writing"):
                 self._save(within=False)
+        self.signals.answer()
+
+    def _between(self) -> None:
+        """Two steps meet: saves if it is due, or if a signal came, and ends then."""
+        keeper, came = self._keeper, self.signals.came
+        if keeper is not None and (keeper.due(self.step) or (came and keeper.unsaved(self.step))):
+            with self.timing.of("writing"):
+                self._save(within=True)
+        self.signals.answer()
 
     def _save(self, within: bool) -> None:
         assert self._keeper is not None
@@ -356,13 +370,12 @@ class _Training:
         epoch = self._batches.epoch()
         place = next(epoch, None)
         while place is not None:
-            if self._keeper is not None and self._keeper.due(self.step):
-                with self.timing.of("writing"):
-                    self._save(within=True)
+            self._between()
             with self.timing.of("callbacks"):
                 callbacks.on_train_batch_begin(place.begin)
             executions = self._executions(place)
             before = self.step
+            self.signals.waits = self.step > 0
             count = self._run(place, executions * per)
             self.ledger.took(before, self.step)
             ran = math.ceil(count / per)
@@ -378,6 +391,9 @@ class _Training:
                 place = epoch.send((ran, ran < executions))
             except StopIteration:
                 place = None
+        if self._keeper is None:
+            self.signals.answer()
+            self.signals.waits = False
         with self.timing.of("trace"):
             self.tracing.stop()
         if not self.step:

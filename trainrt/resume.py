@@ -85,6 +85,7 @@ class Keeper(contextlib.AbstractContextManager):
 
     Attributes:
       saved: The checkpoint to go on from; None: there is none.
+      writes: Whether this process writes; of several workers the first one does.
     """
 
     def __init__(self, settings: Checkpoint, model: keras.Model, batches: Batches):
@@ -92,6 +93,7 @@ class Keeper(contextlib.AbstractContextManager):
         self._model = model
         self._batches = batches
         self._callbacks: keras.callbacks.CallbackList | None = None
+        self.writes = True
         self._store = Store(settings.directory, settings.keep)
         self._step_variables: list[tf.Variable] = []
         self._last_step = -1
@@ -231,11 +233,15 @@ class Keeper(contextlib.AbstractContextManager):
     def due(self, step: int) -> bool:
         """Whether to save in the middle of an epoch, before step number `step`."""
         every = self.settings.every
-        if step in (0, self._last_step):
+        if not self.unsaved(step):
             return False
         if isinstance(every, int):
             return step % every == 0
         return isinstance(every, datetime.timedelta) and time.monotonic() - self._last_time >= every.total_seconds()
+
+    def unsaved(self, step: int) -> bool:
+        """Whether anything was trained since the last checkpoint, before step number `step`."""
+        return step not in (0, self._last_step)
 
     def save(
         self,
@@ -261,6 +267,8 @@ class Keeper(contextlib.AbstractContextManager):
         """
         assert self._callbacks is not None
         self._last_step, self._last_time = step, time.monotonic()
+        if not self.writes:
+            return
         live = self._variables()
         variables = {
             group: [{"name": name, "value": np.array(tf.convert_to_tensor(v))} for name, v in rows]

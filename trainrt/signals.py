@@ -1,0 +1,80 @@
+"""Ends well: what asks a process to end lets it finish the step, save and close its record first.
+
+SIGTERM is how a cluster, a container or a shutdown asks; SIGINT is Ctrl-C. The first of either is answered between two
+steps. A second SIGINT ends the process at once, by the signal itself, even inside a call of TensorFlow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from types import FrameType
+
+DEFAULTS = {signal.SIGTERM: (signal.SIG_DFL,), signal.SIGINT: (signal.SIG_DFL, signal.default_int_handler)}
+"""What stands there when nobody has said otherwise; a user's own handler is left alone."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM came: the process ends with the conventional status, 128 + 15, unless somebody catches it."""
+
+    def __init__(self):
+        super().__init__(128 + signal.SIGTERM)
+
+    def __str__(self) -> str:
+        return "SIGTERM"
+
+
+class Signals(contextlib.AbstractContextManager):
+    """As a context: catches the two signals where nobody else does, in the main thread.
+
+    Args:
+      enabled: Whether to catch any.
+
+    Attributes:
+      came: The signal that came, as long as it has not been answered.
+      waits: Whether somebody will soon ask for `came`; otherwise a signal is answered where it comes.
+    """
+
+    def __init__(self, enabled: bool):
+        self._enabled = enabled and threading.current_thread() is threading.main_thread()
+        self._before: dict[signal.Signals, object] = {}
+        self.came: signal.Signals | None = None
+        self.waits = False
+
+    def __enter__(self) -> Signals:
+        if self._enabled:
+            for number, defaults in DEFAULTS.items():
+                if signal.getsignal(number) in defaults:
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._before = {}
+        if kind is None:
+            self.answer()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.came = signal.Signals(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+        if not self.waits:
+            self.answer()
+        again = " Ctrl-C again ends it at once." if number == signal.SIGINT else ""
+        print(f"\ntrainrt: {self.came.name} came; the step is finished and saved first.{again}", file=sys.stderr)
+
+    def answer(self) -> None:
+        """Ends the training if a signal came.
+
+        Raises:
+          KeyboardInterrupt: SIGINT came.
+          Terminated: SIGTERM came.
+        """
+        came, self.came = self.came, None
+        if came == signal.SIGINT:
+            raise KeyboardInterrupt("SIGINT")
+        if came is not None:
+            raise Terminated
