@@ -54,7 +54,9 @@ def dead_units(run: Run) -> Iterator[Finding]:
     at_once = [one["path"] for one in dead if began.get(one["path"], 0.0) >= DEAD and seen[0] is not seen[-1]]
     later = not at_once and any(began.get(one["path"], 1.0) < ALIVE for one in dead)
     jumped = any(_overshot(look) for look in seen)
-    causes = ("lr_too_high", "dying_relu") if later and jumped else ("dying_relu", "bad_init", "lr_too_high")
+    causes = ("dying_relu", "lr_too_high") if later else ("dying_relu", "bad_init", "lr_too_high")
+    if later and jumped:
+        causes = ("lr_too_high", "dying_relu")
     paths = tuple(one["path"] for one in dead)
     how = "from the start" if at_once else "since they began alive" if later else "in the last look"
     yield about(

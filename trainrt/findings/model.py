@@ -78,8 +78,7 @@ def deaf_loss(run: Run) -> Iterator[Finding]:
     answers = [value(reference, name) for name in ("perfect", "opposite", "constant")]
     if not all(map(math.isfinite, answers)):
         return
-    first = value(seen[0].get("loss"), "data")
-    size = max(*map(abs, answers), abs(first) if math.isfinite(first) else 0.0)
+    size = max(map(abs, answers))
     if max(answers) - min(answers) > DEAF * size + 1e-30 or _targets_are_constant(run):
         return
     yield about(
