@@ -208,7 +208,10 @@ def test_a_long_run_writes_ever_fewer_documents():
     cards = no_cards()
     seconds = 3 * CHUNK * CHUNKS_A_WIDTH  # one width at 1 s, one at 2 s
     for second in range(seconds):
-        watch._take({"time": float(second), "step": second, "cpu_cores": second % 2, "gpu0/throttle": 4.0 * (second == 7)}, cards)
+        watch._take(
+            {"time": float(second), "step": second, "cpu_cores": second % 2, "gpu0/throttle": 4.0 * (second == 7)},
+            cards,
+        )
     assert len(written.documents) == 2 * CHUNKS_A_WIDTH
     assert {len(document["samples"]["time"]) for document in written.documents} == {CHUNK}
     assert written.documents[-1]["samples"]["cpu_cores"] == [0.5] * CHUNK

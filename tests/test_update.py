@@ -288,3 +288,11 @@ def test_a_step_that_hides_its_update_is_trained_and_said_so():
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
     assert len(history.run) == 0
     assert history.run.environment["observed"] is False
+
+
+def test_the_list_of_all_variables_is_no_slot_though_it_may_be_as_long_as_that_of_the_weights():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    optimizer = keras.optimizers.SGD()
+    optimizer.build(model.trainable_weights)
+    assert len(optimizer.variables) == len(model.trainable_weights)
+    assert doors.slots(optimizer, model.trainable_weights) == {}

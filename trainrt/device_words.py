@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trainrt.run import Run
@@ -12,7 +12,75 @@ _DONE = ("forward", "backward", "clip", "update", "statistics")
 
 def lines(run: Run) -> list[tuple[str, str]]:
     """(label, words) for each thing that the run recorded about its time and its device."""
-    return [("trace", words) for words in trace_lines(run.document("trace"))]
+    timing, telemetry = run.document("timing"), [d.content for d in run.documents if d.kind == "telemetry"]
+    said = [("time", words) for words in time_lines(timing)]
+    said += [("device", words) for words in device_lines(telemetry)]
+    return [*said, *(("trace", words) for words in trace_lines(run.document("trace")))]
+
+
+def time_lines(timing: Mapping[str, Any]) -> list[str]:
+    """Where the time went; nothing for an empty document.
+
+    >>> time_lines({"wall_s": 4.0, "seconds": {"step": 3.0, "input": 1.0}, "per_second": 25.0})
+    ['4 s, of which steps 3 s, waiting for input 1 s; 25 steps a second']
+    """
+    if not timing:
+        return []
+    seconds = sorted(timing["seconds"].items(), key=lambda part: -part[1])
+    parts = [
+        f"{_PARTS.get(name, name)} {duration(s)}" for name, s in seconds if s >= 0.005 * timing["wall_s"] and s > 0
+    ]
+    rate = timing.get("per_second")
+    said = f"{duration(timing['wall_s'])}, of which {', '.join(parts)}" + (
+        f"; {rate:.3g} steps a second" if rate else ""
+    )
+    straggling = timing.get("stragglers") or {}
+    if not straggling.get("count"):
+        return [said]
+    worst = straggling["worst"][0]
+    return [
+        said,
+        f"{straggling['count']} straggling steps, {duration(straggling['excess_s'])} in all; the worst, {worst['step']}, "
+        f"took {duration(worst['s'])} in place of {duration(worst['usual_s'])}",
+    ]
+
+
+def device_lines(telemetry: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The process and each GPU over the run, from the documents "telemetry"."""
+    values: dict[str, list[float]] = {}
+    for content in telemetry:
+        for name, samples in content.get("samples", {}).items():
+            values.setdefault(name, []).extend(v for v in samples if v is not None)
+    said = []
+    if values.get("rss_bytes"):
+        cores = sum(values["cpu_cores"]) / len(values["cpu_cores"])
+        said.append(
+            f"the process kept {cores:.1f} cores busy and held up to {max(values['rss_bytes']) / 2**30:.2f} GiB"
+        )
+    cards = next((content["cards"] for content in reversed(telemetry) if content.get("cards")), [])
+    for i, card in enumerate(cards):
+        known = {name: values[f"gpu{i}/{name}"] for name in _CARD if values.get(f"gpu{i}/{name}")}
+        words = [form(samples) for name, form in _CARD.items() if (samples := known.get(name))]
+        said.append(f"GPU {i} {card.get('name') or ''}: {', '.join(words) or 'told nothing'}")
+    return said + [note for content in telemetry for note in content.get("notes", ())]
+
+
+_PARTS = {
+    "first_call": "tracing and compiling",
+    "step": "steps",
+    "input": "waiting for input",
+    "writing": "handing over the record",
+    "probe": "looks into the model",
+    "trace": "tracing the device",
+    "host": "Python",
+}
+_CARD: dict[str, Callable[[list[float]], str]] = {
+    "utilisation": lambda v: f"busy {sum(v) / len(v):.0%}",
+    "memory_bytes": lambda v: f"up to {max(v) / 2**30:.1f} GiB used",
+    "tf_peak_bytes": lambda v: f"{max(v) / 2**30:.1f} GiB by TensorFlow",
+    "power_w": lambda v: f"{sum(v) / len(v):.0f} W",
+    "temperature_c": lambda v: f"up to {max(v):.0f} C",
+}
 
 
 def trace_lines(trace: Mapping[str, Any]) -> list[str]:

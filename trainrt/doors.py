@@ -573,7 +573,7 @@ def slots(optimizer, variables: Sequence) -> dict[str, list]:
     for part in parts(optimizer):
         weights = trained_variables(part)
         for attribute, items in vars(part).items():
-            if attribute == "_trainable_variables" or not _is_slot_list(items, len(weights)):
+            if attribute in ("_trainable_variables", "_variables") or not _is_slot_list(items, len(weights)):
                 continue
             name = _slot_name(attribute, items, weights)
             row = found.setdefault(name, [None] * len(variables))

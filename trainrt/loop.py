@@ -194,7 +194,8 @@ def fit(
             training.ended_epoch(epoch_logs)
             if ends:
                 break
-        training.probe.end(training.step)
+        with clock.of("probe"):
+            training.probe.end(training.step)
         if isinstance(model.optimizer, keras.optimizers.Optimizer) and epochs > 0:
             model.optimizer.finalize_variable_values(model.trainable_weights)
         doors.drop_evaluation_iterator(model)
@@ -481,7 +482,7 @@ class _Training:
             self._pace.took(outcome.steps, ended - begun)
         if outcome.steps:
             self._logs = outcome.logs
-            times = self.timing.call(self.step, outcome.steps, begun, ended, outcome.clock)
+            times = self.timing.call(self.step, outcome.steps, begun, ended, outcome.clock, singly)
             with self.timing.of("first_call"):
                 self._open()
             if outcome.digests is not None and self._step:

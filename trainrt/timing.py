@@ -75,8 +75,10 @@ class Timing:
             inner = sum(self.seconds.values()) - before
             self.seconds[part] += time.perf_counter() - begun - inner
 
-    def call(self, first: int, steps: int, begun: float, ended: float, clock: np.ndarray | None) -> np.ndarray:
-        """A call ran `steps` steps from `begun` to `ended`, in seconds since 1970.
+    def call(
+        self, first: int, steps: int, begun: float, ended: float, clock: np.ndarray | None, traced: bool = False
+    ) -> np.ndarray:
+        """A call ran `steps` steps from `begun` to `ended`, in seconds since 1970; under a profiler if `traced`.
 
         Returns:
           [steps, 3]: seconds of each step, seconds of it that it waited for its batch (NaN: it gathers it by itself, or
@@ -97,6 +99,9 @@ class Timing:
         self.steps += steps
         if self._calls == 1:
             self.seconds["first_call"] += ended - begun
+            return told
+        if traced:
+            self.seconds["trace"] += ended - begun
             return told
         waited = float(np.nansum(told[:, 1]))
         self._waited |= bool(steps and not np.isnan(told[0, 1]))

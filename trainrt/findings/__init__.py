@@ -6,7 +6,7 @@ A rule is one function in one file of this package, marked with `@rule`; adding 
 import importlib
 import pkgutil
 
-from trainrt.findings.finding import CAUSES, SEVERITIES, Finding
+from trainrt.findings.finding import CAUSES, SEVERITIES, TIME_CAUSES, Finding, findings_of_time
 from trainrt.findings.rules import Rule, collect, diagnose, explain, fold, rule
 
 ALL: tuple[Rule, ...] = tuple(
@@ -16,4 +16,16 @@ ALL: tuple[Rule, ...] = tuple(
 )
 """Every rule of the package, by the name of its family."""
 
-__all__ = ["ALL", "CAUSES", "SEVERITIES", "Finding", "Rule", "diagnose", "explain", "fold", "rule"]
+__all__ = [
+    "ALL",
+    "CAUSES",
+    "SEVERITIES",
+    "TIME_CAUSES",
+    "Finding",
+    "Rule",
+    "diagnose",
+    "explain",
+    "findings_of_time",
+    "fold",
+    "rule",
+]

@@ -11,7 +11,15 @@ import numpy as np
 
 SEVERITIES = ("info", "warning", "error")
 
-CAUSES = frozenset(
+TIME_CAUSES = frozenset(
+    """
+    input_bound host_bound launch_bound slow_callback retracing slow_down stragglers throttled memory_nearly_full
+    shared_device ecc_errors idle_device
+    """.split()  # noqa: SIM905 - as below
+)
+"""Root causes of time that is lost: they come after those of a model that does not learn."""
+
+CAUSES = TIME_CAUSES | frozenset(
     """
     lr_too_high lr_too_low lr_schedule too_few_updates batch_size_too_small batch_size_too_large wrong_optimizer
     momentum_too_high epsilon_dominates clip_too_tight weight_decay_too_high over_regularised dropout_too_high
@@ -82,6 +90,11 @@ class Finding:
         for name in ("causes", "where", "steps", "advice"):
             known[name] = tuple(known.get(name, ()))
         return cls(**known)
+
+
+def findings_of_time(findings: Sequence[Finding]) -> list[Finding]:
+    """Those whose root cause only costs time."""
+    return [finding for finding in findings if finding.causes and finding.causes[0] in TIME_CAUSES]
 
 
 def shorten(names: Sequence[str], limit: int = 3) -> str:

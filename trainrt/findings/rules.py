@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from trainrt.findings.finding import SEVERITIES, Finding
+from trainrt.findings.finding import SEVERITIES, TIME_CAUSES, Finding
 from trainrt.run import Run
 
 Rule = Callable[[Run], Iterator[Finding]]
@@ -174,7 +174,15 @@ def _union(left: tuple[str, ...], right: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _rank(finding: Finding):
-    return -SEVERITIES.index(finding.severity), -finding.confidence, finding.steps[0], finding.rule, finding.where
+    of_time = finding.causes[:1] != () and finding.causes[0] in TIME_CAUSES
+    return (
+        -SEVERITIES.index(finding.severity),
+        of_time,
+        -finding.confidence,
+        finding.steps[0],
+        finding.rule,
+        finding.where,
+    )
 
 
 def about(
