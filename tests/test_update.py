@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import trainrt
+from trainrt import doors
 from trainrt.record import Moments
 
 

@@ -40,8 +40,9 @@ def time_lines(timing: Mapping[str, Any]) -> list[str]:
     worst = straggling["worst"][0]
     return [
         said,
-        f"{straggling['count']} straggling steps, {duration(straggling['excess_s'])} in all; the worst, {worst['step']}, "
-        f"took {duration(worst['s'])} in place of {duration(worst['usual_s'])}",
+        f"{straggling['count']} straggling steps, {duration(straggling['excess_s'])} in all; the worst, "
+        f"step {worst['step']}, "
+        f"took {duration(worst['s'])}, the usual is {duration(worst['usual_s'])}",
     ]
 
 
@@ -57,7 +58,9 @@ def device_lines(telemetry: Sequence[Mapping[str, Any]]) -> list[str]:
         said.append(
             f"the process kept {cores:.1f} cores busy and held up to {max(values['rss_bytes']) / 2**30:.2f} GiB"
         )
-    cards = next((content["cards"] for content in reversed(telemetry) if content.get("cards")), [])
+    cards: list[Mapping[str, Any]] = next(
+        (content["cards"] for content in reversed(telemetry) if content.get("cards")), []
+    )
     for i, card in enumerate(cards):
         known = {name: values[f"gpu{i}/{name}"] for name in _CARD if values.get(f"gpu{i}/{name}")}
         words = [form(samples) for name, form in _CARD.items() if (samples := known.get(name))]
