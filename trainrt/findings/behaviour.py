@@ -17,7 +17,7 @@ from trainrt.record import WEIGHT
 from trainrt.run import Run
 
 POOR = 0.6
-NOTHING, CLASSES = 0.15, 0.3
+NOTHING = 0.15
 SMALL = 4
 """Units with which a hidden layer bends a task four times at most."""
 RELATIVE = ("mean_absolute_percentage_error", "mape")
@@ -218,7 +218,7 @@ def linear_model(run: Run) -> Iterator[Finding]:
     weighted = [layer for layer in weighted if layer["class"] not in (*program.NORMALISERS, *program.PASSIVE)]
     if len(weighted) != 1 or weighted[0]["class"] != "Dense":
         return
-    if not (ended.far and ended.poor(0.3)) or falls_late(run) or not math.isfinite(ended.data_loss):
+    if not (ended.far and ended.poor(0.1)) or falls_late(run) or not math.isfinite(ended.data_loss):
         return
     yield about(
         run,
@@ -287,9 +287,9 @@ def oscillation(run: Run) -> Iterator[Finding]:
 def stagnation(run: Run) -> Iterator[Finding]:
     """A model that does hardly better than a constant prediction, for a reason that is not seen.
 
-    Means:   half of the run is over, its loss has come to rest, and the skill is under 0.3 for classes, 0.15 else
-             (accuracy or variance explained, beyond those of the best constant prediction). Where another rule knows
-             why, this is its consequence.
+    Means:   half of the run is over, its loss has come to rest, and the skill is under 0.15 (accuracy or
+             variance explained, beyond those of the best constant prediction). Where another rule knows why, this is
+             its consequence.
     Matters: the training does not work.
     Try:     overfit one batch first: trainrt.fit(model, x[:32], y[:32], epochs=200) must reach a loss near zero.
     Source:  TheDeepChecker's one-batch test; the skill is defined in trainrt.findings.outcome.
@@ -301,8 +301,7 @@ def stagnation(run: Run) -> Iterator[Finding]:
     []
     """
     ended, trend = outcome(run), loss_trend(run)
-    threshold = CLASSES if ended.kind == "classes" else NOTHING
-    if not ended.poor(threshold) or not ended.far or falls_late(run):
+    if not ended.poor(NOTHING) or not ended.far or falls_late(run):
         return
     moves = abs(trend.fall) > 0.3
     rate = percentile(scalar(run, "learning_rate"), 50)

@@ -3,7 +3,8 @@
 Inputs of size 255 are a fault where nothing is learnt, and a matter of taste where everything is. *Skill* is 1 for a
 perfect model, 0 for the best constant prediction, and negative for a worse one:
 
-  classes   (accuracy - share of the largest class) / (1 - that share), Cohen's kappa against a constant rater
+  classes   (accuracy - share of the largest class) / (1 - that share), kappa against a constant rater; where one
+            class is nearly all, what the loss tells, if that is more
   numbers   1 - mean squared error / variance of the targets, the coefficient of determination; of absolute errors
             1 - (mean absolute error / mean absolute deviation from the median) squared
   otherwise 1 - loss / loss of the best constant, where that is known: the entropy of the labels
@@ -27,6 +28,8 @@ NAN = float("nan")
 ACCURACIES = ("accuracy", "acc", "categorical_accuracy", "sparse_categorical_accuracy", "binary_accuracy")
 SQUARED = ("mse", "mean_squared_error")
 ABSOLUTE = ("mae", "mean_absolute_error")
+SKEWED = 0.8
+"""Share of the largest class from which on an accuracy says little."""
 FEW = 3
 EPOCHS, STEPS = 5, 500
 HALF = 0.5
@@ -119,7 +122,12 @@ def _skill(run: Run, logs: Mapping[str, float], prefix: str, side: str, extra: f
     # Whole numbers under a loss of differences are amounts; an accuracy says nothing about them.
     kinds = ("one_hot", "binary") if "squared" in loss or "absolute" in loss else ("one_hot", "binary", "integer")
     if math.isfinite(accuracy) and chance < 1 and labels.get("kind") in kinds:
-        return (accuracy - chance) / (1 - chance), "classes"
+        skill = (accuracy - chance) / (1 - chance)
+        constant, value = constant_loss(run, side), logs.get(prefix + "loss", NAN) - extra
+        if chance > SKEWED and constant > 0 and math.isfinite(value):
+            # Where one class is nearly all, its share is hard to beat though the probabilities are learnt.
+            skill = max(skill, 1 - value / constant)
+        return skill, "classes"
     value = logs.get(prefix + "loss", NAN)
     value = value - extra if math.isfinite(value) else value
     squared = (
