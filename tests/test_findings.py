@@ -524,8 +524,9 @@ def test_units_that_die_after_steps_that_were_too_large_are_a_consequence():
     )
     (one,) = fold([died, high])
     assert (one.causes, one.where, one.evidence["consequences"][0]["where"]) == (("lr_too_high",), ("a",), ["b"])
-    surer = dataclasses.replace(died, confidence=0.99)
-    assert [f.causes[0] for f in fold([surer, high])] == ["dying_relu", "lr_too_high"]
+    surer, unlikely = dataclasses.replace(died, confidence=0.99), dataclasses.replace(high, confidence=0.5)
+    assert [f.causes[0] for f in fold([surer, high])] == ["lr_too_high"]
+    assert [f.causes[0] for f in fold([surer, unlikely])] == ["dying_relu", "lr_too_high"]
 
 
 def test_rule_that_raises_becomes_an_info_and_the_others_go_on():

@@ -79,7 +79,7 @@ def ignored_samples(run: Run) -> Iterator[Finding]:
                 run,
                 "ignored_samples",
                 "error",
-                0.95,
+                0.98,
                 ("sample_weights_zero",),
                 f"{share:.1%} of the sample weights are exactly zero: those samples teach nothing.",
                 {"zero_share": share, "threshold": 0.9},
@@ -178,7 +178,11 @@ def imbalance(run: Run) -> Iterator[Finding]:
     []
     """
     ended = outcome(run)
-    if program.asked(run, "class_weight") or program.asked(run, "sample_weight") or ended.kind != "classes":
+    if (
+        program.asked(run, "class_weight")
+        or program.asked(run, "sample_weight")
+        or ended.kind not in ("classes", "loss")
+    ):
         return
     counts = ((program.leaves(run, "targets") or [{}])[0].get("labels") or {}).get("counts") or {}
     if len(counts) < 2 or len(counts) > 100:

@@ -112,7 +112,7 @@ def fragile_loss(run: Run) -> Iterator[Finding]:
     >>> from trainrt.record import Document
     >>> mine = Document("model", 0, {"losses": [{"name": "mine", "custom": True}]})
     >>> sharp = example(0, reference={"constant": 2.3, "perfect": 0.02, "opposite": 6.2, "exact": "nan"})
-    >>> [f.causes[0] for f in fragile_loss(stuck(documents=[mine, sharp], losses=np.full(200, np.nan)))]
+    >>> [f.causes[0] for f in fragile_loss(stuck(documents=[mine, sharp], losses=[math.nan] * 200))]
     ['unstable_loss']
     >>> list(fragile_loss(learning(documents=[mine, example(0)])))
     []

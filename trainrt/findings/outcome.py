@@ -126,7 +126,7 @@ def _skill(run: Run, logs: Mapping[str, float], prefix: str, side: str, extra: f
         constant, value = constant_loss(run, side), logs.get(prefix + "loss", NAN) - extra
         if chance > SKEWED and constant > 0 and math.isfinite(value):
             # Where one class is nearly all, its share is hard to beat though the probabilities are learnt.
-            skill = max(skill, 1 - value / constant)
+            return max(skill, 1 - value / constant), "loss"
         return skill, "classes"
     value = logs.get(prefix + "loss", NAN)
     value = value - extra if math.isfinite(value) else value

@@ -68,6 +68,9 @@ DYNAMICS = (
 )
 """Rules about what the steps did: from the first number on that is not finite, they say nothing new."""
 
+LIKELY = 0.65
+"""Confidence from which on a cause takes the symptoms that it explains, however certain they are."""
+
 
 def rule(function: Rule) -> Rule:
     """Marks a generator of findings as a rule. Its name finishes the sentence "this run has a ...", its docstring is
@@ -134,13 +137,27 @@ def fold(findings: Iterable[Finding]) -> list[Finding]:
             origin = _absorb(origin, finding)
         findings.append(origin)
     heads: list[Finding] = []
-    for finding in sorted(findings, key=_rank):
+    for finding in sorted(findings, key=lambda f: (_is_symptom_of_another(f, findings), _rank(f))):
         head = next((i for i, other in enumerate(heads) if _explains(other, finding)), None)
         if head is None:
             heads.append(finding)
         else:
             heads[head] = _absorb(heads[head], finding)
     return heads
+
+
+def _is_symptom_of_another(finding: Finding, findings: list[Finding]) -> bool:
+    """Whether a finding is a way to die, however certain, and another one that is likely enough is what kills so."""
+    if finding.causes[:1] not in (("dying_relu",), ("exploding_gradient",)):
+        return False
+    return any(
+        other.causes
+        and other.confidence >= LIKELY
+        and SEVERITIES.index(other.severity) >= SEVERITIES.index(finding.severity)
+        and other.causes[0] not in _DEATHS
+        and finding.causes[0] in EXPLAINS.get(other.causes[0], ())
+        for other in findings
+    )
 
 
 def _start(finding: Finding) -> int:
