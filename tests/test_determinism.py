@@ -138,3 +138,14 @@ def test_the_fingerprint_changes_with_what_the_bits_depend_on_and_with_nothing_e
     changed = [fingerprint(other), fingerprint(seed=2), fingerprint(optimizer="sgd"), fingerprint(batch_size=16)]
     assert same not in changed
     assert len(set(changed)) == len(changed)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"observe": 3}, {"observe": False}, {"digests": 2}], ids=str)
+def test_whatever_is_observed_runs_in_deterministic_mode(arguments, digits, fast_again):
+    keras.utils.set_random_seed(1)
+    x, y = digits
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+    for data in ({"x": x, "y": y, "batch_size": 16}, {"x": dataset, "shuffle": False}):
+        keras.utils.set_random_seed(1)
+        history = trainrt.fit(model_of(), **data, **arguments, epochs=2, deterministic=True, seed=1, verbose=0)
+        assert len(history.history["loss"]) == 2

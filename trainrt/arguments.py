@@ -33,6 +33,7 @@ class Request:
       deterministic: False, True, or "xla": with XLA.
       seed: For all random generators, or None.
       digests: What is digested, or None.
+      sum_duplicates: Whether repeated rows of sparse gradients are added up first.
       trace: Steps to trace, the last one excluded; "auto"; None: none.
       checkpoint: Where and when to save the training, or None.
     """
@@ -44,6 +45,7 @@ class Request:
     deterministic: bool | str = False
     seed: int | None = None
     digests: Digests | None = None
+    sum_duplicates: bool = False
     trace: tuple[int, int] | str | None = None
     checkpoint: Checkpoint | None = None
 
@@ -60,6 +62,7 @@ def check(
     sinks: Any,
     seed: Any = None,
     digests: Any = None,
+    sum_duplicates: Any = False,
     checkpoint: Any = None,
 ) -> Request:
     """Checks the model and the arguments that are not Keras's.
@@ -87,6 +90,7 @@ def check(
         deterministic,
         modes.checked(seed),
         asked(digests, bool(deterministic)),
+        _sum_duplicates(model, sum_duplicates),
         _trace(trace),
         checkpoints.resolve(checkpoint),
     )
@@ -161,6 +165,16 @@ def _every(observe: Any) -> int:
     if observe < 1:
         raise ValueError(f"`observe` must be at least 1; to switch it off pass observe=False. Received: {observe}.")
     return observe
+
+
+def _sum_duplicates(model: keras.Model, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"`sum_duplicates` must be True or False. Received: sum_duplicates={value!r}.")
+    if value and model.distribute_strategy.num_replicas_in_sync > 1:
+        raise NotImplementedError(
+            "`sum_duplicates=True` is not built for several replicas yet. Until it is: one-hot inputs to a Dense layer."
+        )
+    return value
 
 
 def _deterministic(deterministic: Any) -> None:

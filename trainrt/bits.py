@@ -239,7 +239,7 @@ changed 6 of 14 models, `TF_ENABLE_ONEDNN_OPTS=0` changed 7."""
 
 FIT = (
     *("x", "y", "batch_size", "epochs", "validation_split", "shuffle", "class_weight", "sample_weight"),
-    *("initial_epoch", "steps_per_epoch", "clip", "observe"),
+    *("initial_epoch", "steps_per_epoch", "clip", "observe", "sum_duplicates"),
 )
 """Arguments of `fit` that the bits depend on; of `observe` under XLA alone."""
 

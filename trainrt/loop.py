@@ -62,6 +62,7 @@ def fit(
     deterministic: bool | str = False,
     seed: int | None = None,
     digests: bool | int | Digests | None = None,
+    sum_duplicates: bool = False,
     trace: tuple[int, int] | str | None = None,
     on_nonfinite: str = "report",
     sinks: Sequence[Sink] = (),
@@ -85,6 +86,9 @@ def fit(
       digests: Exact digests in the record, to prove with and to find where two runs part (`trainrt.bits`): an int n
         digests all stages of every n-th step, True all variables now and then, False nothing. None is True when
         `deterministic`, else False.
+      sum_duplicates: Adds up the rows that an embedding's gradient has for the same id before the optimizer sees them.
+        Keras does not: its Adam, RMSprop or Adagrad then differ from those of the same model with one-hot inputs. The
+        update is dense, which on a GPU also keeps a deterministic one on the device.
       trace: A pair (start, stop): steps `start` to `stop - 1` run under TensorFlow's profiler; what it saw is told in
         words, and TensorBoard's Profile tab shows it. "auto": ten steps once the step time has settled, and again
         when steps become slower.
@@ -116,6 +120,7 @@ def fit(
         sinks=sinks,
         seed=seed,
         digests=digests,
+        sum_duplicates=sum_duplicates,
         checkpoint=checkpoint,
     )
     mode = modes.enter(model, request.deterministic, request.seed)
@@ -500,7 +505,8 @@ class _Training:
     def _prepared(self, iterator) -> Step:
         """The step, traced; that of an earlier fit when the model is still as it was compiled then."""
         function = self._model.train_function
-        key = (self._request.clip, self._request.every, self._request.digests)
+        asked = self._request
+        key = (asked.clip, asked.every, asked.digests, asked.sum_duplicates)
         made = getattr(function, "_trainrt", None)
         if made is None or made[0] != key:
             if type(self._model.optimizer) in fused.RULES:

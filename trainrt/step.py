@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from trainrt import doors, native, phases, replicas, resident, trace
 from trainrt.clip import Clip
+from trainrt.determinism import modes
 from trainrt.determinism.digests import Collector, Digests
 from trainrt.record import Roster
 from trainrt.update import Observer
@@ -54,6 +55,7 @@ class Step:
       clip: Scales for the gradients before they reach the optimizer, or None.
       every: Observe every n-th step; 0 observes none.
       digests: Which steps and stages are digested, or None.
+      sum_duplicates: Whether the rows of sparse gradients are added up before the optimizer sees them.
 
     Attributes:
       digest_names: (stage, name) of each digest, once the step is traced.
@@ -63,8 +65,16 @@ class Step:
       paths: The optimizer's name -> "fused", or why the optimizer's own `apply` runs.
     """
 
-    def __init__(self, model: keras.Model, clip: Clip | None, every: int, digests: Digests | None = None):
+    def __init__(
+        self,
+        model: keras.Model,
+        clip: Clip | None,
+        every: int,
+        digests: Digests | None = None,
+        sum_duplicates: bool = False,
+    ):
         self._model = model
+        self._sum_duplicates = sum_duplicates
         self._clip = clip
         self._strategy = model.distribute_strategy
         self._several = replicas.several(self._strategy)
@@ -91,7 +101,7 @@ class Step:
         model, strategy = self._model, self._strategy
 
         def replica_step(data):
-            observer = Observer(self._optimizers, self._clip, measuring, self._kernels)
+            observer = Observer(self._optimizers, self._clip, measuring, self._kernels, self._sum_duplicates)
             collector = Collector(model, self._optimizers, self._stages) if digesting else None
             with observer.watch(model), collector.watch(data) if collector else contextlib.nullcontext():
                 logs = model.train_step(data)
@@ -159,6 +169,11 @@ class Step:
         graphs = [function.graph.as_graph_def() for function in self._traced]
         nodes = {node.op for graph in graphs for node in graph.node}
         return nodes | {node.op for graph in graphs for f in graph.library.function for node in f.node_def}
+
+    @property
+    def _clocked(self) -> bool:
+        """Whether the loop takes the time of each step: TensorFlow's clock raises when its ops are deterministic."""
+        return bool(self.every) and not modes.is_enabled()
 
     def graph(self, element_spec) -> tf.Graph | None:
         """The graph of one step on such a batch, as it was traced; None under `run_eagerly`."""
@@ -240,7 +255,7 @@ class Step:
         def one(ran, train, keep):
             batch = iterator.get_next_as_optional()
             more = batch.has_value()
-            ready = _now_after(more) if self.every else None
+            ready = _now_after(more) if self._clocked else None
             logs, row = tf.cond(more, lambda: train(_without_optionals(batch.get_value())), lambda: keep)
             return more, ready, logs, row
 
@@ -279,7 +294,7 @@ class Step:
         rows = tf.TensorArray(tf.float64, size=steps if keeping else 0, element_shape=[self._row])
 
         def stamps():
-            return tf.TensorArray(tf.float64, size=steps if self.every else 0, element_shape=[])
+            return tf.TensorArray(tf.float64, size=steps if self._clocked else 0, element_shape=[])
 
         def due(every, ran):
             return tf.equal((first + tf.cast(ran, tf.int64)) % every, 0)
@@ -299,7 +314,7 @@ class Step:
             more, ready, logs, row = one(ran, lambda data: train(data, ran), keep)
             if keeping:
                 rows = rows.write(ran, row)
-            if self.every:
+            if self._clocked:
                 clock = (
                     clock[0] if ready is None else clock[0].write(ran, ready),
                     clock[1].write(ran, _now_after(row)),
@@ -324,7 +339,7 @@ class Step:
                 (tf.TensorShape(None), tf.TensorShape(None)),
             ),
         )
-        return ran, logs, rows.stack(), tuple(each.stack() for each in clock) if self.every else None
+        return ran, logs, rows.stack(), tuple(each.stack() for each in clock) if self._clocked else None
 
     def _callable(self, step):
         """What the loop calls: the compiled step, or its Python function where there are collectives in it.

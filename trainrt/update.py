@@ -45,6 +45,7 @@ class Observer:
       clips: Scales for the gradients, or None.
       measuring: Whether to measure. False only clips and updates.
       kernels: Whether the native kernels may be used: they are loaded and XLA does not compile the step.
+      sum_duplicates: Whether the rows of a sparse gradient are added up before the optimizer sees them.
 
     Attributes:
       unseen: Why nothing was seen; None if something was.
@@ -52,12 +53,18 @@ class Observer:
     """
 
     def __init__(
-        self, optimizers: Sequence[keras.optimizers.Optimizer], clips: Clip | None, measuring: bool, kernels: bool
+        self,
+        optimizers: Sequence[keras.optimizers.Optimizer],
+        clips: Clip | None,
+        measuring: bool,
+        kernels: bool,
+        sum_duplicates: bool = False,
     ):
         self._optimizers = optimizers
         self._clip = clips
         self._measuring = measuring
         self._kernels = kernels
+        self._sum_duplicates = sum_duplicates
         self._applies: list[_Apply] = []
         self._parameters: dict[int, Parameter] = {}
         self._losses: dict[str, tf.Tensor] = {}
@@ -69,7 +76,8 @@ class Observer:
     @contextlib.contextmanager
     def watch(self, model: keras.Model) -> Iterator[None]:
         """Stands at `apply` of each optimizer and at the model's loss, for as long as the context lasts."""
-        watched = self._optimizers if self._measuring or self._clip or self._kernels else ()
+        needed = self._measuring or self._clip or self._kernels or self._sum_duplicates
+        watched = self._optimizers if needed else ()
         with contextlib.ExitStack() as stack:
             for optimizer in watched:
                 stack.enter_context(doors.replaced(optimizer, "apply", self._apply(optimizer, optimizer.apply)))
@@ -109,6 +117,8 @@ class Observer:
     def _observe(self, optimizer, apply, gradients, trainable_variables):
         given = trainable_variables is not None
         variables = list(trainable_variables) if given else doors.trained_variables(optimizer)
+        if self._sum_duplicates:
+            gradients = [_summed(gradient, v) for gradient, v in zip(gradients, variables, strict=True)]
         kernels = self._kernels and not any("GPU" in doors.raw(v).device for v in variables)
         way = fused.plan(optimizer, variables, gradients) if kernels else "the native kernels are not used here"
         folds = type(optimizer) is keras.optimizers.SGD and any(taps.is_regrouped(g) for g in gradients)
@@ -292,11 +302,16 @@ def _value(variable) -> tf.Tensor | None:
     return tf.identity(variable.value if isinstance(variable, keras.Variable) else variable)
 
 
+def _summed(gradient, variable):
+    """A sparse gradient as the dense tensor that it stands for: rows of the same index are added up."""
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, variable.shape[0])
+
+
 def _dense(gradient, variable) -> tf.Tensor | None:
     """The gradient as a dense tensor of the weight's shape; rows of a sparse one with the same index are summed."""
-    if isinstance(gradient, tf.IndexedSlices):
-        gradient = tf.math.unsorted_segment_sum(gradient.values, gradient.indices, variable.shape[0])
-    gradient = taps.tap(gradient)
+    gradient = taps.tap(_summed(gradient, variable))
     return gradient if gradient is None or gradient.shape == variable.shape else tf.reshape(gradient, variable.shape)
 
 

@@ -87,7 +87,8 @@ _COUNT_CPU = Hazard(
 )  # fmt: skip
 _SCATTER = Hazard(
     HOST, "GPU", "the whole tensor is copied to the host, updated there in order, and copied back",
-    "for an embedding: an optimizer with dense updates, such as Adam, AdamW or SGD with momentum",
+    "for an embedding: an optimizer with dense updates, such as Adam, AdamW or SGD with momentum, or "
+    "trainrt.fit(..., sum_duplicates=True), which adds duplicate rows up on the device",
 )  # fmt: skip
 _SCATTER_TENSOR = dataclasses.replace(
     _SCATTER, remedy="sum with tf.math.unsorted_segment_sum where indices may repeat, or tf.gather the inverse"

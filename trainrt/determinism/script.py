@@ -75,5 +75,3 @@ _POSITIONAL = (
     *("class_weight", "sample_weight", "initial_epoch", "steps_per_epoch", "validation_steps"),
     *("validation_batch_size", "validation_freq"),
 )
-OURS = frozenset(("logdir", "clip", "observe", "deterministic", "seed", "digests", "trace", "on_nonfinite", "sinks"))
-"""Arguments of `trainrt.fit` that Keras's does not know."""

@@ -28,6 +28,7 @@ CAUSES = TIME_CAUSES | frozenset(
     targets_unnormalised nan_in_data labels_wrong label_range unshuffled_data label_leakage train_val_overlap
     train_val_mismatch class_imbalance sample_weights_zero frozen_layers graph_cut constraint_binds update_rounding
     capacity output_units batchnorm_statistics overfitting replica_drift straggler
+    nondeterminism
     vanishing_gradient exploding_gradient dying_relu saturated_activation
     """.split()  # noqa: SIM905 - fifty lines of quotes say no more
 )
