@@ -16,7 +16,7 @@ FLOORS = (
     {"findings", "moments", "audit", "bits", "forward", "device_words", "trace_reading"},
     {"fused", "comparison", "anatomy", "trace"},
     {"update", "reference"},
-    {"determinism", "replicas", "position"},
+    {"determinism", "replicas", "position", "poison"},
     {"sinks", "step", "lockstep", "batches", "environment", "pace", "look", "timing", "telemetry", "retracing"},
     {"recorder", "arguments", "probe", "replay"},
     {"journal", "changes"},

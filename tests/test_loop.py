@@ -233,7 +233,7 @@ BAD = {
     "trace_outside": (make_model, {"trace": (0, 10**6)}, ValueError, "steps of the run, 0 to 2"),
     "trace_word": (make_model, {"trace": "always"}, TypeError, "'auto'"),
     "on_nonfinite_value": (make_model, {"on_nonfinite": "ignore"}, ValueError, "report"),
-    "on_nonfinite_skip": (make_model, {"on_nonfinite": "skip"}, NotImplementedError, "not built yet"),
+    "on_spike_value": (make_model, {"on_spike": "ignore"}, ValueError, "stop"),
     "deterministic_type": (make_model, {"deterministic": 1}, TypeError, "True, False"),
     "seed_type": (make_model, {"seed": 1.5}, TypeError, "must be an int"),
     "seed_range": (make_model, {"seed": -1}, ValueError, "from 0 to"),

@@ -19,6 +19,9 @@ from trainrt.determinism.digests import Digests, asked
 from trainrt.sinks import Sink
 
 NONFINITE = ("report", "skip", "stop")
+SPIKE = (None, "skip", "stop")
+UNGUARDED = ("report", None)
+"""What `on_nonfinite` and `on_spike` are when every step is left as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Request:
       sum_duplicates: Whether repeated rows of sparse gradients are added up first.
       trace: Steps to trace, the last one excluded; "auto"; None: none.
       checkpoint: Where and when to save the training, or None.
+      on_nonfinite, on_spike: What becomes of a step that would poison the training.
     """
 
     logdir: str | None
@@ -48,6 +52,8 @@ class Request:
     sum_duplicates: bool = False
     trace: tuple[int, int] | str | None = None
     checkpoint: Checkpoint | None = None
+    on_nonfinite: str = "report"
+    on_spike: str | None = None
 
 
 def check(
@@ -59,6 +65,7 @@ def check(
     deterministic: Any,
     trace: Any,
     on_nonfinite: Any,
+    on_spike: Any = None,
     sinks: Any,
     seed: Any = None,
     digests: Any = None,
@@ -93,6 +100,8 @@ def check(
         _sum_duplicates(model, sum_duplicates),
         _trace(trace),
         checkpoints.resolve(checkpoint),
+        on_nonfinite,
+        on_spike,
     )
     if request.clip is not None:
         _one_clip(model, request.clip)
@@ -100,11 +109,10 @@ def check(
         raise ValueError(f"`on_nonfinite` must be one of {NONFINITE}. Received: on_nonfinite={on_nonfinite!r}.")
     if deterministic:
         modes.refuse(model, request.seed)
-    if on_nonfinite != "report":
-        raise NotImplementedError(
-            f"`on_nonfinite={on_nonfinite!r}` is not built yet; 'report' is. Until it is, "
-            "keras.callbacks.TerminateOnNaN() ends the training at the first NaN loss."
-        )
+    if on_spike not in SPIKE:
+        raise ValueError(f"`on_spike` must be one of {SPIKE}. Received: on_spike={on_spike!r}.")
+    if (on_nonfinite, on_spike) != UNGUARDED:
+        _guardable(model)
     return request
 
 
@@ -140,6 +148,19 @@ def check_trace(trace: tuple[int, int] | str | None, total_steps: int | None) ->
         raise ValueError(
             f"`trace` must lie within the steps of the run, 0 to {total_steps}. Received: trace={trace!r}. "
             f"For the last ten steps pass trace=({max(total_steps - 10, 0)}, {total_steps})."
+        )
+
+
+def _guardable(model: keras.Model) -> None:
+    if replicas.several(model.distribute_strategy):
+        raise NotImplementedError(
+            "`on_nonfinite` and `on_spike` are not built yet for several replicas. Leave them out; "
+            "keras.callbacks.TerminateOnNaN() ends the training at the first NaN loss."
+        )
+    if doors.makes_own_train_function(model):
+        raise ValueError(
+            "`on_nonfinite` and `on_spike` stand around the model's train_step. Received: a model with a train "
+            "function of its own. Leave them out, or put what is special into train_step."
         )
 
 

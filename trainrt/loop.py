@@ -25,6 +25,7 @@ from trainrt.journal import Journal, Resumed, floats
 from trainrt.lockstep import Lockstep, meet
 from trainrt.pace import Pace, listens_to_batches
 from trainrt.phases import Scopes
+from trainrt.poison import Guard
 from trainrt.probe import Prober
 from trainrt.record import Epoch
 from trainrt.resume import Keeper, Start
@@ -65,6 +66,7 @@ def fit(
     sum_duplicates: bool = False,
     trace: tuple[int, int] | str | None = None,
     on_nonfinite: str = "report",
+    on_spike: str | None = None,
     sinks: Sequence[Sink] = (),
     checkpoint: str | os.PathLike | Checkpoint | None = None,
 ) -> keras.callbacks.History:
@@ -92,8 +94,11 @@ def fit(
       trace: A pair (start, stop): steps `start` to `stop - 1` run under TensorFlow's profiler; what it saw is told in
         words, and TensorBoard's Profile tab shows it. "auto": ten steps once the step time has settled, and again
         when steps become slower.
-      on_nonfinite: "report" goes on as Keras does and says where the first NaN was. "skip" and "stop" are not built
-        yet.
+      on_nonfinite: "report" goes on as Keras does and says where the first NaN was. "skip" takes a step back whose
+        loss, gradients, update, slots or weights are not finite, as if its batch had not been in the data, and ends the
+        training when more than ten in a row are. "stop" takes it back and ends the training.
+      on_spike: "skip" or "stop": the same for a step whose loss or gradient norm is 6 standard deviations above the
+        mean of the last 128. None lets it be.
       sinks: More places for the record, see `trainrt.sinks.Sink`.
       checkpoint: A directory, or a `trainrt.Checkpoint`, for the checkpoints of this training. After a death the same
         call goes on where the newest one was taken, and ends with the bits of a run that never stopped.
@@ -117,6 +122,7 @@ def fit(
         deterministic=deterministic,
         trace=trace,
         on_nonfinite=on_nonfinite,
+        on_spike=on_spike,
         sinks=sinks,
         seed=seed,
         digests=digests,
@@ -264,6 +270,8 @@ class _Training:
         self._epochs = epochs
         self._epoch = 0
         self._epoch_logs: dict | None = None
+        self._poison: list[dict[str, Any]] = []
+        self._halted = False
         self._step: Step | None = None
         self._logs: Any = {}
         self.step = 0
@@ -385,7 +393,7 @@ class _Training:
             count = self._run(place, executions * per)
             self.ledger.took(before, self.step)
             ran = math.ceil(count / per)
-            if ran < executions:
+            if ran < executions and not self._halted:
                 self._overrun(place.iterator)
             if ran:
                 with self.timing.of("callbacks"):
@@ -500,22 +508,48 @@ class _Training:
                 self.tracing.took(self.step, outcome.steps, ended - begun)
             with self.timing.of("probe"):
                 self.probe.after(self.step, outcome.steps)
+            self._tell_of_poison(place, outcome.steps)
         return outcome.steps
+
+    def _tell_of_poison(self, place: Execution, ran: int) -> None:
+        """Writes down which batches were taken back, and ends the training where that was one too many."""
+        guard = self._step.guard if self._step else None
+        if guard is None or not (news := guard.news()):
+            return
+        first = self.step - ran
+        self._poison += [
+            {"step": t.step, "epoch": self._epoch, "batch": place.begin + t.step - first, "why": t.why} for t in news
+        ]
+        self._halted = bool(guard.halted)
+        content = {"taken_back": self._poison[-1000:], "count": len(self._poison), "ended": self._halted}
+        self.journal.document("poison", lambda: content)
+        if self._halted:
+            self._model.stop_training = True
+            last = self._poison[-1]
+            print(
+                f"trainrt: the training ends: batch {last['batch']} of epoch {last['epoch'] + 1} was taken back "
+                f"({last['why']}). {guard.described()}",
+                flush=True,
+            )
 
     def _prepared(self, iterator) -> Step:
         """The step, traced; that of an earlier fit when the model is still as it was compiled then."""
         function = self._model.train_function
-        asked = self._request
-        key = (asked.clip, asked.every, asked.digests, asked.sum_duplicates)
+        wanted = self._request
+        key = (wanted.clip, wanted.every, wanted.digests, wanted.sum_duplicates)
+        asked = (wanted.on_nonfinite, wanted.on_spike)
+        guarded = asked != arguments.UNGUARDED
         made = getattr(function, "_trainrt", None)
-        if made is None or made[0] != key:
+        if made is None or made[0] != (key, asked):
             if type(self._model.optimizer) in fused.RULES:
                 doors.build_optimizer(self._model)
             if self._given["verbose"] and native.status().pending:
                 print("trainrt: building its native kernels for this machine, once; about 10 s.", flush=True)
-            step = Step(self._model, *key)
-            function._trainrt = (key, step)
+            step = Step(self._model, *key, Guard(self._model, *asked) if guarded else None)
+            function._trainrt = ((key, asked), step)
         step = function._trainrt[1]
+        if step.guard:
+            step.guard.reset()
         step.prepare(iterator.element_spec)
         if self._request.deterministic:
             graph = step.graph(iterator.element_spec)

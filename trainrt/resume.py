@@ -325,7 +325,7 @@ class Keeper(contextlib.AbstractContextManager):
             "metrics": fresh(model.metrics_variables),
             "seeds": fresh([generator.state] if generator is not None else []),
         }
-        groups["others"] = sorted(fresh(self._step_variables), key=lambda row: (row[0], row[1].shape.as_list()))
+        groups["others"] = sorted(fresh(self._step_variables), key=lambda row: (row[0], _made(row[1])))
         return groups
 
 
@@ -435,6 +435,12 @@ def _surroundings() -> dict[str, Any]:
         "floatx": keras.config.floatx(),
         "devices": [d.device_type for d in tf.config.list_logical_devices()],
     }
+
+
+def _made(variable: tf.Variable) -> int:
+    """Grows with each variable that TensorFlow makes; tells those of one name apart."""
+    digits = re.search(r"\d+$", str(getattr(variable, "_unique_id", "")))
+    return int(digits[0]) if digits else 0
 
 
 def _plain(name: str) -> str:

@@ -20,6 +20,7 @@ from trainrt import doors, native, phases, replicas, resident, trace
 from trainrt.clip import Clip
 from trainrt.determinism import modes
 from trainrt.determinism.digests import Collector, Digests
+from trainrt.poison import Guard
 from trainrt.record import Roster
 from trainrt.update import Observer
 
@@ -56,6 +57,7 @@ class Step:
       every: Observe every n-th step; 0 observes none.
       digests: Which steps and stages are digested, or None.
       sum_duplicates: Whether the rows of sparse gradients are added up before the optimizer sees them.
+      guard: Takes poisoned steps back, or None.
 
     Attributes:
       digest_names: (stage, name) of each digest, once the step is traced.
@@ -72,10 +74,12 @@ class Step:
         every: int,
         digests: Digests | None = None,
         sum_duplicates: bool = False,
+        guard: Guard | None = None,
     ):
         self._model = model
         self._sum_duplicates = sum_duplicates
         self._clip = clip
+        self.guard = guard
         self._strategy = model.distribute_strategy
         self._several = replicas.several(self._strategy)
         self._optimizers = doors.optimizers(model)
@@ -101,11 +105,15 @@ class Step:
         model, strategy = self._model, self._strategy
 
         def replica_step(data):
-            observer = Observer(self._optimizers, self._clip, measuring, self._kernels, self._sum_duplicates)
+            watching = measuring or self.guard is not None
+            observer = Observer(self._optimizers, self._clip, watching, self._kernels, self._sum_duplicates)
             collector = Collector(model, self._optimizers, self._stages) if digesting else None
             with observer.watch(model), collector.watch(data) if collector else contextlib.nullcontext():
-                logs = model.train_step(data)
-            vector = self._noted(observer, observer.pack(logs) if measuring else None)
+                logs = self.guard.step(observer, data) if self.guard else model.train_step(data)
+            vector = observer.pack(logs) if measuring else None
+            if self.guard and vector is not None:
+                vector = self.guard.mask(observer, vector)
+            vector = self._noted(observer, vector)
             if collector:
                 digests = collector.row()
                 self.digest_names = collector.names
@@ -219,6 +227,8 @@ class Step:
           singly: One a call, as a profiler wants them.
           marked: Whether each is put under a marker for the profiler.
         """
+        if self.guard:
+            self.guard.number.assign(first)
         if self._model.run_eagerly or (singly and not self._several):
             return self._run_singly(iterator, first, steps, marked)
         if singly:
@@ -319,7 +329,11 @@ class Step:
                     clock[0] if ready is None else clock[0].write(ran, ready),
                     clock[1].write(ran, _now_after(row)),
                 )
-            return ran + tf.cast(more, tf.int32), more, logs, rows, clock
+            ran += tf.cast(more, tf.int32)
+            if self.guard:
+                with tf.control_dependencies([row]):
+                    more = tf.logical_and(more, tf.logical_not(self.guard.halted))
+            return ran, more, logs, rows, clock
 
         ran, _, logs, rows, clock = tf.while_loop(
             lambda ran, more, *_: tf.logical_and(ran < steps, more),

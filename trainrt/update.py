@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -50,6 +51,7 @@ class Observer:
     Attributes:
       unseen: Why nothing was seen; None if something was.
       paths: The optimizer's name -> how it updates: "fused", or why not.
+      taken_back: Whether the step was taken back, see `poison.py`; None: nobody watches for that.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Observer:
         self._inside = False
         self.unseen: str | None = None
         self.paths: dict[str, str] = {}
+        self.taken_back: tf.Tensor | None = None
 
     @contextlib.contextmanager
     def watch(self, model: keras.Model) -> Iterator[None]:
@@ -236,6 +239,21 @@ class Observer:
             tf.stack([_scalar(value) for value in scalars.values()]),
         ]
         return tf.concat(vector, 0)
+
+    def hides(self) -> bool:
+        """Whether nothing was seen of the step; then `unseen` says why."""
+        return not self._seen()
+
+    def moments(self) -> list[tuple[keras.optimizers.Optimizer, dict[str, tf.Tensor]]]:
+        """Of each call of `apply`: the optimizer, and subject -> [P, 6] moments."""
+        return [(call.optimizer, call.subjects) for call in self._applies]
+
+    def loss(self, logs: Any) -> tf.Tensor | None:
+        """The loss of the step, as `pack` tells it."""
+        loss = self._losses.get("loss")
+        if loss is None and isinstance(logs, dict):
+            loss = logs.get("loss")
+        return None if loss is None else _scalar(loss)
 
     def _seen(self) -> bool:
         here = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
