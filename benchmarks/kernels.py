@@ -1,6 +1,6 @@
 """The fused update against Keras's own, and both against the machine's memory.
 
-    python -m benchmarks.kernels [--quick]
+    python -m benchmarks.kernels [--quick] [--cpu]
 
 Each row compares what runs side by side, in turn, and prints medians:
 
@@ -25,7 +25,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainrt import fused, native
+from trainrt import fused, generic, native
 
 MODELS = {
     "tiny, 26 k in 6": [(64, 128), (128,), (128, 128), (128,), (128, 10), (10,)],
@@ -92,40 +92,33 @@ def observed(shapes, make, clip=True):
     optimizer, variables = setup(shapes, make)
     gradients = gradients_of(shapes)
     update = fused.plan(optimizer, variables)
-    sink = [tf.Variable(tf.zeros([len(shapes), 6], tf.float64)) for _ in range(3 + len(update.rule.slots))]
-
-    def body():
-        scale = None
-        if clip:
-            measured = native.measure(gradients)
-            norm = tf.sqrt(tf.reduce_sum(measured[:, 2]))
-            scale = tf.fill([len(shapes)], tf.cast(1.0 / tf.maximum(norm, 1.0), tf.float32))
-        seen = update.apply(gradients, scale, True, gradient_moments=not clip)
-        rows = [measured if clip else seen.gradient, seen.update, seen.weight, *seen.slots.values()]
-        for variable, value in zip(sink, rows, strict=True):
-            variable.assign(value)
-
-    return body
-
-
-def generic(shapes, make):
-    optimizer, variables = setup(shapes, make)
-    gradients = gradients_of(shapes)
-    slots = [s.value for s in optimizer.variables if s.dtype == "float32" and s.shape]
     sink = tf.Variable(tf.zeros([], tf.float64))
 
     def body():
-        before = [tf.identity(v.value) for v in variables]
-        optimizer.apply(gradients, variables)
-        after = [tf.identity(v.value) for v in variables]
-        update, joint = native.measure_update(before, after, gradients)
-        rest = native.measure([*gradients, *after, *slots])
-        sink.assign(tf.reduce_sum(update) + tf.reduce_sum(joint) + tf.reduce_sum(rest))
+        measured = scale = None
+        if clip:
+            measured, scale = native.measure_and_clip(gradients, "global_norm", 1.0)
+        seen = update.apply(gradients, scale, True, measured)
+        sink.assign(seen.joint[0, 0] + seen.cube[0, 0, 0])
 
     return body
 
 
-def medians(bodies, count, rounds):
+def generic_apply(shapes, make):
+    optimizer, variables = setup(shapes, make)
+    gradients = gradients_of(shapes)
+    sink = tf.Variable(tf.zeros([], tf.float64))
+
+    def body():
+        before = generic.Before(optimizer, variables, gradients, None, True, None, 1)
+        optimizer.apply(gradients, variables)
+        seen = before.observe(None, None)
+        sink.assign(seen.joint[0, 0] + seen.cube[0, 0, 0])
+
+    return body
+
+
+def medians(bodies, count, rounds, clock):
     """Name -> median seconds of one execution of each body, all measured in turn."""
     runs = {name: repeated(body, count) for name, body in bodies.items()}
     times = {name: [] for name in runs}
@@ -133,9 +126,9 @@ def medians(bodies, count, rounds):
         run()
     for _ in range(rounds):
         for name, run in runs.items():
-            begin = time.perf_counter()
+            begin = clock()
             run()
-            times[name].append((time.perf_counter() - begin) / count)
+            times[name].append((clock() - begin) / count)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -165,7 +158,9 @@ def _cores():
 def main():
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--quick", action="store_true", help="fewer rounds, no 20 M")
-    quick = arguments.parse_args().quick
+    arguments.add_argument("--cpu", action="store_true", help="processor time, where others use the machine too")
+    given = arguments.parse_args()
+    quick, clock = given.quick, time.process_time if given.cpu else time.perf_counter
     if native.load() is None:
         raise SystemExit(native.status().reason)
     make = lambda: keras.optimizers.Adam(1e-3)  # noqa: E731
@@ -182,9 +177,9 @@ def main():
             "plain": plain(shapes, make),
             "fused": observed(shapes, make, clip=False),
             "fused+clip": observed(shapes, make),
-            "generic": generic(shapes, make),
+            "generic": generic_apply(shapes, make),
         }
-        m = medians(bodies, count, 7 if quick else 15)
+        m = medians(bodies, count, 7 if quick else 15, clock)
         rate = 28 * parameters / m["fused"]  # gradient, weight and two slots read; weight and slots written
         alone, fuse, clip, around = (m[key] / m["keras"] for key in ("plain", "fused", "fused+clip", "generic"))
         print(

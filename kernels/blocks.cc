@@ -1,7 +1,11 @@
 // Compiled apart from the updates: here a multiplication and an addition may become one instruction, there never.
 #include "blocks.h"
 
+#include <cmath>
 #include <cstring>
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 namespace trainrt {
 namespace {
@@ -215,6 +219,108 @@ Joint MotionFold::joint() const {
   j.product += product_.total();
   j.rounded += rounded_;
   return j;
+}
+
+namespace {
+
+template <typename T>
+void adapt_one(const T* gradient, const T* momentum, const T* second, const Division& division, Adaptive& into) {
+  const double g = gradient ? exact(*gradient) : 0;
+  if (momentum) into.product += g * exact(*momentum);
+  if (!second) return;
+  const double v = exact(*second), inverse = 1 / (std::sqrt(v + division.inside) + division.outside);
+  into.normalized += g * inverse * (g * inverse);
+  into.inverse += inverse;
+  into.lowest = v < into.lowest ? v : into.lowest;
+  into.under += v < division.floor;
+}
+
+inline Floats square_root(Floats x) {
+#if defined(__AVX__)
+  return _mm256_sqrt_ps(x);
+#else
+  for (int i = 0; i < kWidth; ++i) x[i] = sqrtf(x[i]);
+  return x;
+#endif
+}
+
+inline bool is_finite_sum(float sum) { return sum - sum == 0; }
+
+}  // namespace
+
+void AdaptiveFold::add(const float* gradient, const float* momentum, const float* second, int size,
+                       const Division& division) {
+  const int slow = gradient ? size / kLanes * kLanes : 0;  // from where on
+  if (__builtin_expect(slow < size, 0)) {
+    for (int i = slow; i < size; ++i)
+      adapt_one(gradient ? gradient + i : nullptr, momentum ? momentum + i : nullptr, second ? second + i : nullptr,
+                division, rest_);
+    size = slow;
+    if (!size) return;
+  }
+  second ? add_strides<true>(gradient, momentum, second, size, division)
+         : add_strides<false>(gradient, momentum, gradient, size, division);
+}
+
+template <bool kSecond>
+void AdaptiveFold::add_strides(const float* gradient, const float* momentum, const float* second, int size,
+                               const Division& division) {
+  const Floats inside = static_cast<float>(division.inside) - Floats{};
+  const Floats outside = static_cast<float>(division.outside) - Floats{};
+  const float* const other = momentum ? momentum : gradient;
+  Floats p[kSets] = {}, n[kSets] = {}, y[kSets] = {}, low = load(second);
+  Ints any = {};  // bits of the gradients
+  for (int i = 0; i < size; i += kLanes) {
+    for (int j = 0; j < kSets; ++j) {
+      const int at = i + j * kWidth;
+      const Floats g = load(gradient + at);
+      p[j] += g * load(other + at);
+      if (!kSecond) continue;
+      const Floats v = load(second + at), one_over = 1.0f / (square_root(v + inside) + outside), scaled = g * one_over;
+      any |= reinterpret_cast<Ints>(g);
+      n[j] += scaled * scaled;
+      y[j] += one_over;
+      low = v < low ? v : low;
+    }
+  }
+  const float product = roughly_total(p);
+  if (momentum && __builtin_expect((product >= 0x1p-90f || product <= -0x1p-90f) && is_finite_sum(product), 1)) {
+    product_.add(p, 1.0);
+  } else if (momentum) {
+    for (int i = 0; i < size; ++i) rest_.product += exact(gradient[i]) * exact(momentum[i]);
+  }
+  if (!kSecond) return;
+  const float squares = roughly_total(n);
+  const bool lost = squares < 0x1p-90f && largest(any & 0x7fffffff) != 0;  // to underflow, some of it
+  if (__builtin_expect(lost || !is_finite_sum(squares) || !is_finite_sum(roughly_total(y)), 0)) {
+    for (int i = 0; i < size; ++i) adapt_one<float>(gradient + i, nullptr, second + i, division, rest_);
+    return;
+  }
+  normalized_.add(n, 1.0);
+  inverse_.add(y, 1.0);
+  const double lowest = exact(across<float, kWidth>(&low, [](auto a, auto b) { return a < b ? a : b; }));
+  rest_.lowest = lowest < rest_.lowest ? lowest : rest_.lowest;
+  if (lowest < division.floor) {
+    const float floor = static_cast<float>(division.floor);
+    int under = 0;
+    for (int i = 0; i < size; ++i) under += second[i] < floor;
+    rest_.under += under;
+  }
+}
+
+Adaptive AdaptiveFold::result() const {
+  Adaptive a = rest_;
+  a.product += product_.total();
+  a.normalized += normalized_.total();
+  a.inverse += inverse_.total();
+  return a;
+}
+
+void WideAdaptiveFold::add(const double* gradient, const double* momentum, const double* second, int size,
+                           const Division& division) {
+  for (int i = 0; i < size; ++i)
+    adapt_one(gradient ? gradient + i : nullptr, momentum ? momentum + i : nullptr, second ? second + i : nullptr,
+              division, result_);
 }
 
 void WideFold::add(const double* x, int size, const double*) {

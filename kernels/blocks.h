@@ -63,6 +63,19 @@ class MotionFold {
   Joint rest_;
 };
 
+// Folds what blocks of a gradient share with the slots beside it; any of the three may be null.
+class AdaptiveFold {
+ public:
+  void add(const float* gradient, const float* momentum, const float* second, int size, const Division& division);
+  Adaptive result() const;
+
+ private:
+  Lanes product_, normalized_, inverse_;
+  template <bool kSecond>
+  void add_strides(const float* gradient, const float* momentum, const float* second, int size, const Division& division);
+  Adaptive rest_;
+};
+
 // The same of float64 elements, one by one.
 class WideFold {
  public:
@@ -85,12 +98,22 @@ class WideMotionFold {
   Joint joint_;
 };
 
+class WideAdaptiveFold {
+ public:
+  void add(const double* gradient, const double* momentum, const double* second, int size, const Division& division);
+  Adaptive result() const { return result_; }
+
+ private:
+  Adaptive result_;
+};
+
 // How blocks of T are folded: float32 and float64 as they are, half precision widened (exactly).
 template <typename T>
 struct Folded {
   using Wide = float;
   using Fold = BlockFold;
   using Motion = MotionFold;
+  using Adapt = AdaptiveFold;
   static __attribute__((noinline)) const float* widen(const T* x, int size, float* scratch) {
     for (int i = 0; i < size; ++i) scratch[i] = static_cast<float>(x[i]);
     return scratch;
@@ -101,15 +124,25 @@ struct Folded {
     for (int i = 0; i < size; ++i) difference[i] = after[i] - before[i];
     motion.add(gradient ? widen(gradient, size, wide_gradient) : nullptr, widen(difference, size, wide), size);
   }
+  static void adapt(Adapt& fold, const T* gradient, const T* momentum, const T* second, int size, const Division& division) {
+    float wide[3][kBlock];
+    fold.add(gradient ? widen(gradient, size, wide[0]) : nullptr, momentum ? widen(momentum, size, wide[1]) : nullptr,
+             second ? widen(second, size, wide[2]) : nullptr, size, division);
+  }
 };
 template <>
 struct Folded<float> {
   using Wide = float;
   using Fold = BlockFold;
   using Motion = MotionFold;
+  using Adapt = AdaptiveFold;
   static const float* widen(const float* x, int, float*) { return x; }
   static void move(Motion& motion, const float* gradient, const float* before, const float* after, int size) {
     motion.add(gradient, before, after, size);
+  }
+  static void adapt(Adapt& fold, const float* gradient, const float* momentum, const float* second, int size,
+                    const Division& division) {
+    fold.add(gradient, momentum, second, size, division);
   }
 };
 template <>
@@ -117,9 +150,14 @@ struct Folded<double> {
   using Wide = double;
   using Fold = WideFold;
   using Motion = WideMotionFold;
+  using Adapt = WideAdaptiveFold;
   static const double* widen(const double* x, int, double*) { return x; }
   static void move(Motion& motion, const double* gradient, const double* before, const double* after, int size) {
     motion.add(gradient, before, after, size);
+  }
+  static void adapt(Adapt& fold, const double* gradient, const double* momentum, const double* second, int size,
+                    const Division& division) {
+    fold.add(gradient, momentum, second, size, division);
   }
 };
 

@@ -1,10 +1,15 @@
 // The CPU's half of the library: everything of `kernels.h`. Compiled for this processor; knows nothing of TensorFlow.
 #include "kernels.h"
+
+#include <cmath>
+
 #include "rules.h"
 #include "update.h"
 
 namespace trainrt {
 namespace {
+
+constexpr double kNaN = __builtin_nan("");
 
 template <typename T>
 Moments measure_chunk(const T* x, int64_t size) {
@@ -18,28 +23,52 @@ Moments measure_chunk(const T* x, int64_t size) {
   return fold.moments();
 }
 
-// G: dtype of the gradient, which need not be the weight's.
+// One chunk of a weight that something else updated. G: dtype of the gradient, which need not be the weight's.
 template <typename T, typename G>
-void update_of_chunk(const T* before, const T* after, const G* gradient, int64_t size, Partial& partial) {
+void observe_chunk(const T* before, const T* after, const G* gradient, bool measures, int64_t size, Partial& partial) {
   using Wide = typename Folded<T>::Wide;
   typename Folded<T>::Motion motion;
+  typename Folded<T>::Fold of_weight;
+  typename Folded<G>::Fold of_gradient;
   alignas(64) T difference[kBlock];
   alignas(64) Wide scratch[kBlock], cast[kBlock];
+  alignas(64) typename Folded<G>::Wide wide[kBlock];
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, size - begin));
-    if constexpr (std::is_same_v<T, G>) {
-      if (gradient) {
-        Folded<T>::move(motion, gradient + begin, before + begin, after + begin, n);
-        continue;
-      }
+    const T *old = before + begin, *now = after + begin;
+    if (gradient && std::is_same_v<T, G>) {
+      Folded<T>::move(motion, reinterpret_cast<const T*>(gradient + begin), old, now, n);
+    } else {
+      for (int i = 0; i < n; ++i) difference[i] = now[i] - old[i];
+      if (gradient)
+        for (int i = 0; i < n; ++i) cast[i] = static_cast<Wide>(static_cast<typename Folded<G>::Wide>(gradient[begin + i]));
+      motion.add(gradient ? cast : nullptr, Folded<T>::widen(difference, n, scratch), n);
     }
-    for (int i = 0; i < n; ++i) difference[i] = after[begin + i] - before[begin + i];
-    if (gradient)
-      for (int i = 0; i < n; ++i) cast[i] = static_cast<Wide>(static_cast<typename Folded<G>::Wide>(gradient[begin + i]));
-    motion.add(gradient ? cast : nullptr, Folded<T>::widen(difference, n, scratch), n);
+    if (gradient && measures) {
+      const auto* block = Folded<G>::widen(gradient + begin, n, wide);
+      of_gradient.add(block, n, block);
+    }
+    const auto* block = Folded<T>::widen(now, n, scratch);
+    of_weight.add(block, n, block + kAhead);
   }
+  partial.gradient = of_gradient.moments();
   partial.update = motion.moments();
   partial.joint = motion.joint();
+  partial.weight = of_weight.moments();
+}
+
+// What one chunk of a weight's gradient, of the same dtype as its slots, shares with them.
+template <typename T>
+Adaptive adaptive_of_chunk(const Span* gradient, const Span* momentum, const Span* second, int64_t offset, int64_t size,
+                           const Division& division) {
+  const auto at = [&](const Span* span, int64_t i) {
+    return span ? static_cast<const T*>(span->data) + offset + i : nullptr;
+  };
+  typename Folded<T>::Adapt fold;
+  for (int64_t i = 0; i < size; i += kBlock)
+    Folded<T>::adapt(fold, at(gradient, i), at(momentum, i), at(second, i),
+                     static_cast<int>(std::min<int64_t>(kBlock, size - i)), division);
+  return fold.result();
 }
 
 // Calls f with a null pointer of the type that `dtype` names.
@@ -77,38 +106,154 @@ void measure(const Span* tensors, int count, double* rows, const Parallel& paral
   }
 }
 
-void measure_update(const Span* before, const Span* after, const Span* gradients, int count, double* rows,
-                    double* joint, const Parallel& parallel) {
+void clip(Clip how, double threshold, const double* rows, int count, double* scales) {
+  const auto at_most = [=](double norm) { return norm > threshold ? threshold / norm : 1.0; };
+  if (how == Clip::kGlobalNorm) {
+    double squares = 0;
+    bool broken = false;
+    for (int t = 0; t < count; ++t) {
+      const double* row = rows + t * kMoments;
+      if (std::isnan(row[0])) continue;  // no gradient
+      squares += row[kSumsq];
+      broken = broken || row[kNonfinite] > 0;
+    }
+    std::fill_n(scales, count, broken ? kNaN : at_most(std::sqrt(squares)));
+    return;
+  }
+  for (int t = 0; t < count; ++t) {
+    const double* row = rows + t * kMoments;
+    const double size = how == Clip::kWeightNorm ? std::sqrt(row[kSumsq]) : row[kAbsmax];
+    scales[t] = row[kNonfinite] > 0 ? kNaN : at_most(size);
+  }
+}
+
+void store_gradient(const Moments& measured, bool missing, const double* known, double loss_scale, double* row) {
+  if (known) {
+    std::copy_n(known, kMoments, row);
+  } else if (missing) {
+    std::fill_n(row, kMoments, kNaN);
+  } else {
+    measured.store(row);
+    row[kSumsq - 1] /= loss_scale;
+    row[kSumsq] /= loss_scale * loss_scale;
+    row[kAbsmax] /= loss_scale;
+  }
+}
+
+void store_joint(const Joint& joint, const Adaptive& adaptive, const Account& a, const double* gradient,
+                 const double* weight, double* row) {
+  const Division& d = a.division;
+  const auto rate_of = [&](double second) { return d.rate / (std::sqrt(second + d.inside) + d.outside); };
+  std::fill_n(row, kJointColumns, kNaN);
+  row[kSteps] = 1;
+  row[kScale] = a.scale;
+  row[kClipped] = a.scale != 1;
+  row[kSkipped] = a.skipped;
+  row[kDecay] = a.skipped || a.decay == 0 ? 0 : a.decay * a.decay * weight[kSumsq];
+  row[kSlotSteps] = a.slots_seen && (a.momentum || a.second);
+  if (!a.missing) {
+    row[kGradientUpdate] = joint.product / a.loss_scale;
+    row[kRounded] = static_cast<double>(joint.rounded);
+  }
+  if (!a.slots_seen) return;
+  if (!a.missing && a.momentum) {
+    row[kGradientMomentum] = adaptive.product / a.loss_scale;
+    row[kMomentumNorms] = std::sqrt(gradient[kSumsq]) * std::sqrt(a.momentum_squares);
+  }
+  if (!a.second) return;
+  const double scale = a.scale / a.loss_scale;
+  if (!a.missing) row[kNormalizedGradient] = adaptive.normalized * d.correction * scale * scale;
+  row[kUnderEpsilon] = static_cast<double>(adaptive.under);
+  row[kRates] = d.rate * adaptive.inverse;
+  if (!std::isfinite(adaptive.lowest)) return;  // no element
+  row[kLargestRate] = rate_of(adaptive.lowest);
+  row[kSmallestRate] = rate_of(a.highest);
+}
+
+void observe(const Observe& o, const Parallel& parallel) {
   static thread_local Chunks chunks;
   static thread_local std::vector<Partial> partials;
   const Chunks& plan = chunks;
-  chunks.plan(count, [&](int t) { return after[t].size; });
+  // The weights' chunks, then the slots'.
+  chunks.plan(o.count * (1 + o.slots), [&](int t) { return t < o.count ? o.after[t].size : o.slot[t - o.count].size; });
   partials.resize(plan.count());
   Partial* const results = partials.data();
+  const auto slot_of = [&](const int* which, int t) -> const Span* {
+    if (which[t] < 0) return nullptr;
+    const Span* span = o.slot + which[t] * o.count + t;
+    return span->data && span->size == o.after[t].size ? span : nullptr;
+  };
+  const auto division_of = [&](int t) {
+    const double* row = o.table + 6 * t;
+    return Division{row[0], row[1], row[2], row[3], row[4]};
+  };
+  const auto gradient_of = [&](int t) { return o.gradients[t].data ? o.gradients + t : nullptr; };
   parallel(plan.count(), plan.elements, [&](int64_t begin, int64_t end) {
     plan.each(begin, end, [&](int64_t chunk, int t, int64_t offset) {
-      const int64_t size = std::min(kChunk, after[t].size - offset);
-      with_type(after[t].dtype, [&](auto* type) {
-        with_type(gradients[t].dtype, [&](auto* gradient_type) {
-          const auto* gradient = static_cast<decltype(gradient_type)>(gradients[t].data);
-          update_of_chunk(static_cast<decltype(type)>(before[t].data) + offset,
-                          static_cast<decltype(type)>(after[t].data) + offset,
-                          gradient ? gradient + offset : nullptr, size, results[chunk]);
+      Partial& partial = results[chunk];
+      if (t >= o.count) {
+        const Span& span = o.slot[t - o.count];
+        partial.weight = with_type(span.dtype, [&](auto* type) {
+          return measure_chunk(static_cast<decltype(type)>(span.data) + offset, std::min(kChunk, span.size - offset));
         });
+        return;
+      }
+      const int64_t size = std::min(kChunk, o.after[t].size - offset);
+      with_type(o.after[t].dtype, [&](auto* type) {
+        with_type(o.gradients[t].dtype, [&](auto* gradient_type) {
+          const auto* gradient = static_cast<decltype(gradient_type)>(o.gradients[t].data);
+          observe_chunk(static_cast<decltype(type)>(o.before[t].data) + offset,
+                        static_cast<decltype(type)>(o.after[t].data) + offset, gradient ? gradient + offset : nullptr,
+                        o.measured == nullptr, size, partial);
+        });
+      });
+      partial.adaptive = Adaptive();
+      const Span *momentum = slot_of(o.momentum, t), *second = slot_of(o.second, t);
+      if (!o.slots_due || (!momentum && !second)) return;
+      with_type((momentum ? momentum : second)->dtype, [&](auto* type) {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+        partial.adaptive = adaptive_of_chunk<T>(gradient_of(t), momentum, second, offset, size, division_of(t));
       });
     });
   });
-  for (int t = 0; t < count; ++t) {
-    Partial whole;
+  const int width = (3 + o.slots) * kMoments;
+  for (int t = 0; t < o.count; ++t) {
+    double* cube = o.cube + t * width;
+    Moments gradient, update, weight;
+    Joint joint;
+    Adaptive adaptive;
     for (int64_t chunk = plan.first[t]; chunk < plan.first[t + 1]; ++chunk) {
-      whole.update.merge(results[chunk].update);
-      whole.joint.merge(results[chunk].joint);
+      gradient.merge(results[chunk].gradient);
+      update.merge(results[chunk].update);
+      weight.merge(results[chunk].weight);
+      joint.merge(results[chunk].joint);
+      adaptive.merge(results[chunk].adaptive);
     }
-    const bool missing = !gradients[t].data && after[t].size;
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    whole.update.store(rows + t * kMoments);
-    joint[t * kJoint] = missing ? nan : whole.joint.product;
-    joint[t * kJoint + 1] = missing ? nan : static_cast<double>(whole.joint.rounded);
+    Account a;
+    a.missing = !o.gradients[t].data && o.after[t].size;
+    store_gradient(gradient, a.missing, o.measured ? o.measured + t * kMoments : nullptr, o.loss_scale, cube);
+    update.store(cube + kMoments);
+    weight.store(cube + 2 * kMoments);
+    for (int k = 0; k < o.slots; ++k) {
+      const int at = o.count * (1 + k) + t;
+      Moments slot;
+      for (int64_t chunk = plan.first[at]; chunk < plan.first[at + 1]; ++chunk) slot.merge(results[chunk].weight);
+      double* row = cube + (3 + k) * kMoments;
+      slot.store(row);
+      if (!o.slot[at - o.count].data && o.after[t].size) std::fill_n(row, kMoments, kNaN);
+    }
+    const Span *momentum = slot_of(o.momentum, t), *second = slot_of(o.second, t);
+    a.skipped = o.skipped;
+    a.slots_seen = o.slots_due;
+    a.momentum = momentum;
+    a.second = second;
+    a.scale = o.scale ? o.scale[t] : 1;
+    a.loss_scale = o.loss_scale;
+    a.decay = a.missing ? 0 : o.table[6 * t + 5];
+    if (momentum) a.momentum_squares = cube[(3 + o.momentum[t]) * kMoments + kSumsq];
+    if (second) a.highest = cube[(3 + o.second[t]) * kMoments + kAbsmax];
+    a.division = division_of(t);
+    store_joint(joint, adaptive, a, cube, cube + 2 * kMoments, o.joint + t * kJointColumns);
   }
 }
 

@@ -18,12 +18,60 @@ struct Span {
 // rows: [tensors, kMoments].
 void measure(const Span* tensors, int count, double* rows, const Parallel& parallel);
 
-// update = after - before, rounded to their dtype and never stored. A gradient without data is missing: NaN in `joint`.
-// rows: [count, kMoments] of the update; joint: [count, kJoint].
-void measure_update(const Span* before, const Span* after, const Span* gradients, int count, double* rows,
-                    double* joint, const Parallel& parallel);
+// As in `trainrt/clip.py`, from the moments of the gradients to a scale for each.
+enum class Clip : int { kNone = 0, kGlobalNorm = 1, kWeightNorm = 2, kLargestMagnitude = 3 };
+void clip(Clip how, double threshold, const double* rows, int count, double* scales);
 
-constexpr int kMaxSlots = 3, kMaxScalars = 12, kMaxFactors = 4;
+// Columns of `record.JOINT`.
+enum JointColumn {
+  kSteps, kScale, kClipped, kSkipped, kGradientUpdate, kRounded, kDecay, kSlotSteps, kGradientMomentum, kMomentumNorms,
+  kNormalizedGradient, kUnderEpsilon, kRates, kLargestRate, kSmallestRate, kJointColumns
+};
+
+// What a step did to one weight besides its sums.
+struct Account {
+  bool missing = false;    // there is no gradient
+  bool skipped = false;    // the optimizer left the step out
+  bool slots_seen = false; // the gradient was held against the slots in this step
+  bool momentum = false, second = false;  // there is such a slot
+  double scale = 1;        // of the clip
+  double loss_scale = 1;   // in the gradient, not in its row
+  double decay = 0;        // share of the weight that was taken off; NaN: not known
+  double momentum_squares = 0, highest = 0;  // of the momentum's row, and of the second moment's
+  Division division;
+};
+// gradient, weight: [kMoments]; row: [kJointColumns].
+void store_joint(const Joint& joint, const Adaptive& adaptive, const Account& account, const double* gradient,
+                 const double* weight, double* row);
+
+// One weight's row of the gradient: `known`, or what was measured with the loss scale divided out; NaN if missing.
+void store_gradient(const Moments& measured, bool missing, const double* known, double loss_scale, double* row);
+
+// Whether the slots are held against the gradient in a step: in the first `kSlotsEvery` that are observed and then in
+// every kSlotsEvery-th. `every`: how many steps there are to one observed.
+constexpr int kSlotsEvery = 8;
+inline bool slots_due(int64_t iterations, int64_t every) {
+  const int64_t period = kSlotsEvery * every;
+  return iterations < period || iterations % period < every;
+}
+
+// What an optimizer of any kind did, in one pass. Rows of `cube`: gradient, update = after - before (rounded to their
+// dtype and never stored), after, then the slots.
+struct Observe {
+  int count, slots;
+  const Span *before, *after, *gradients;  // [count]; a gradient without data is missing
+  const Span* slot;                        // [slots * count], of any size; without data: not there
+  const double* measured;                  // [count, kMoments] of the gradients; null: measured here
+  const double* scale;                     // [count]; null: 1
+  const double* table;                     // [count, 6]: inside, outside, floor, rate, correction, decay
+  const int *momentum, *second;            // [count] which slot is; -1: none
+  double loss_scale;
+  bool slots_due, skipped;
+  double *cube, *joint;  // [count, 3 + slots, kMoments], [count, kJointColumns]
+};
+void observe(const Observe& what, const Parallel& parallel);
+
+constexpr int kMaxSlots = 3, kMaxScalars = 12, kMaxFactors = 3;
 
 // One weight of a fused update. All pointers are of the weight's dtype; a null gradient is missing: the weight and its
 // slots are only measured.
@@ -48,12 +96,17 @@ struct Update {
   int factor_count;
   const void* scalars[kMaxScalars];  // the rule's, then kDecayScalars if any weight decays
   bool graph;                        // Keras's ops would have gone through Grappler
-  bool observe, gradient_moments;
-  double* gradient;  // [count, kMoments], as are update, weight and slots; null unless asked for
-  double* update;
-  double* weight;
-  double* slots[kMaxSlots];
-  double* joint;  // [count, kJoint]
+  bool observe;
+  const double* measured;  // [count, kMoments] of the gradients, known already; null: measured here
+  const double* scale;     // [count] of the clip, before any factor; null: none
+  double loss_scale;       // in the gradients
+  Clip own_clip;           // the optimizer's own, which the factors apply
+  double own_threshold;
+  double decay;            // share of a decaying weight that is taken off
+  Division division;
+  int momentum, second;    // which slot is; -1: none
+  bool slots_due;
+  double *cube, *joint;    // as of `Observe`; null unless observed
 };
 
 // One block of a weight: scalars, elements, gradient, weight, kMaxSlots slots (null past the rule's own).

@@ -12,7 +12,7 @@
 namespace trainrt {
 
 constexpr int kMoments = 6;  // record.DEVICE_MOMENTS
-constexpr int kJoint = 2;    // inner product of gradient and update, elements that rounded away
+constexpr int kSumsq = 2, kAbsmax = 3, kNonfinite = 5;  // columns of them
 constexpr int kBlock = 512;  // of a weight, its gradient, two slots, and the next ones: they share 32 KiB of cache
 constexpr int64_t kChunk = 16384;  // elements of one task: fixed, so that sums do not depend on the number of threads
 
@@ -47,6 +47,29 @@ struct Joint {
   TRAINRT_HD void merge(const Joint& other) {
     product += other.product;
     rounded += other.rounded;
+  }
+};
+
+// An optimizer steps by `rate` times something divided by sqrt(second moment + inside) + outside; one of the two is its
+// epsilon. Second moments under `floor` count for less than it; over `correction` they have no bias to zero.
+struct Division {
+  double inside = 0, outside = 0, floor = 0, rate = __builtin_nan(""), correction = __builtin_nan("");
+};
+
+// What a gradient shares with its weight's slots. A gradient or second moment that is not finite makes the sums NaN.
+struct Adaptive {
+  double product = 0;     // gradient . momentum
+  double normalized = 0;  // sum of (gradient / divisor)^2
+  double inverse = 0;     // sum of 1 / divisor
+  double lowest = __builtin_inf();  // smallest second moment
+  int64_t under = 0;                // second moments under the floor
+
+  void merge(const Adaptive& other) {
+    product += other.product;
+    normalized += other.normalized;
+    inverse += other.inverse;
+    lowest = other.lowest < lowest ? other.lowest : lowest;
+    under += other.under;
   }
 };
 

@@ -72,25 +72,24 @@ std::vector<device::Row> on_cpu(const Rule& rule, Case<T>& c) {
     for (int k = 0; k < kMaxSlots; ++k) weights[i].slots[k] = &c.slots[k][c.start[i]];
   }
   const Factor factor = {Prepare::kMultiply, c.factor.data(), true};
-  std::vector<double> rows[3 + kMaxSlots], joint(count * kJoint);
-  for (auto& r : rows) r.resize(count * kMoments);
+  const int subjects = 3 + rule.slots;
+  std::vector<double> cube(count * subjects * kMoments), joint(count * kJointColumns);
   Update u = {};
   u.weights = weights.data();
   u.count = count;
   u.factors = &factor;
   u.factor_count = 1;
   for (size_t i = 0; i < c.scalars.size(); ++i) u.scalars[i] = &c.scalars[i];
-  u.observe = u.gradient_moments = true;
-  u.gradient = rows[0].data();
-  u.update = rows[1].data();
-  u.weight = rows[2].data();
-  for (int k = 0; k < kMaxSlots; ++k) u.slots[k] = rows[3 + k].data();
+  u.observe = true;
+  u.loss_scale = 1;
+  u.momentum = u.second = -1;
+  u.cube = cube.data();
   u.joint = joint.data();
   update(rule, DtypeOf<T>::value, u, [](int64_t tasks, int64_t, const Shard& shard) { shard(0, tasks); });
   std::vector<device::Row> result(count);
   for (int i = 0; i < count; ++i) {
     for (int s = 0; s < 3 + rule.slots; ++s) {
-      const double* r = &rows[s][i * kMoments];
+      const double* r = &cube[(i * subjects + s) * kMoments];
       Moments& m = result[i].moments[s];
       m.count = static_cast<int64_t>(r[0]);
       m.sum = r[1];
@@ -99,8 +98,8 @@ std::vector<device::Row> on_cpu(const Rule& rule, Case<T>& c) {
       m.zeros = static_cast<int64_t>(r[4]);
       m.nonfinite = static_cast<int64_t>(r[5]);
     }
-    result[i].joint.product = joint[i * kJoint];
-    result[i].joint.rounded = static_cast<int64_t>(joint[i * kJoint + 1]);
+    result[i].joint.product = joint[i * kJointColumns + kGradientUpdate];
+    result[i].joint.rounded = static_cast<int64_t>(joint[i * kJointColumns + kRounded]);
   }
   return result;
 }

@@ -2,8 +2,6 @@
 // the first-level cache. The rule itself is elementwise (`updates/`), shared with the device code.
 #pragma once
 
-#include <limits>
-
 #include "blocks.h"
 #include "kernels.h"
 #include "roots.h"
@@ -84,13 +82,16 @@ void step_block(const void* scalars, int size, const void* gradient_data, void* 
 #undef TRAINRT_LOAD_SLOTS
 #undef TRAINRT_STORE_SLOTS
 
+inline bool missing(const Weight& weight) { return !weight.gradient && weight.size; }
+
 struct Partial {
   Moments gradient, update, weight, slots[kMaxSlots];
   Joint joint;
+  Adaptive adaptive;
 };
 
 template <typename T>
-void update_chunk(const Rule& rule, const Update& u, int index, int64_t offset, Partial& partial) {
+void update_chunk(const Rule& rule, const Update& u, const T* scales, int index, int64_t offset, Partial& partial) {
   using Fold = typename Folded<T>::Fold;
   using Wide = typename Folded<T>::Wide;
   const Weight& one = u.weights[index];
@@ -107,6 +108,8 @@ void update_chunk(const Rule& rule, const Update& u, int index, int64_t offset, 
 
   Fold of_gradient, of_weight, of_slot[kMaxSlots];
   typename Folded<T>::Motion motion;
+  typename Folded<T>::Adapt adaptive;
+  const bool adapts = u.slots_due && (u.momentum >= 0 || u.second >= 0);
   alignas(64) T prepared[kBlock], before[kBlock];
   alignas(64) Wide scratch[kBlock];
   const auto measure = [&](Fold& fold, const T* x, int n, int ahead) {
@@ -119,8 +122,9 @@ void update_chunk(const Rule& rule, const Update& u, int index, int64_t offset, 
     for (int k = 0; k < rule.slots; ++k) q[k] = slots[k] + begin;
     if (gradient) {
       const T* g = gradient + begin;
-      if (u.factor_count) {
+      if (scales || u.factor_count) {
         __builtin_memcpy(prepared, g, n * sizeof(T));
+        if (scales) prepare(Prepare::kMultiply, scales[index], n, prepared);
         for (int f = 0; f < u.factor_count; ++f) {
           const Factor& factor = u.factors[f];
           prepare(factor.how, static_cast<const T*>(factor.values)[factor.each ? index : 0], n, prepared);
@@ -134,13 +138,17 @@ void update_chunk(const Rule& rule, const Update& u, int index, int64_t offset, 
     if (!u.observe) continue;
     if (gradient) {
       Folded<T>::move(motion, gradient + begin, before, w, n);
-      if (u.gradient_moments) measure(of_gradient, gradient + begin, n, 0);
+      if (!u.measured) measure(of_gradient, gradient + begin, n, 0);
     }
+    const auto slot_at = [&](int k) { return k < 0 ? nullptr : slots[k] + begin; };
+    if (adapts)
+      Folded<T>::adapt(adaptive, gradient ? gradient + begin : nullptr, slot_at(u.momentum), slot_at(u.second), n, u.division);
     measure(of_weight, w, n, kAhead);
     for (int k = 0; k < rule.slots; ++k) measure(of_slot[k], slots[k] + begin, n, kAhead);
   }
   if (!u.observe) return;
   partial.weight = of_weight.moments();
+  partial.adaptive = adaptive.result();
   for (int k = 0; k < rule.slots; ++k) partial.slots[k] = of_slot[k].moments();
   if (gradient) {
     partial.gradient = of_gradient.moments();
@@ -157,37 +165,65 @@ void run_update(const Rule& rule, const Update& u, const Parallel& parallel) {
   // Kept by the thread from one step to the next, so that a step allocates nothing.
   static thread_local Chunks chunks;
   static thread_local std::vector<Partial> partials;
+  static thread_local std::vector<T> scale;
+  static thread_local std::vector<double> rows, own_scale;
   const Chunks& plan = chunks;
   chunks.plan(u.count, [&](int t) { return u.weights[t].gradient || u.observe ? u.weights[t].size : int64_t{0}; });
   if (u.observe) partials.resize(plan.count());
+  scale.resize(u.count);
+  for (int t = 0; u.scale && t < u.count; ++t) scale[t] = T(static_cast<float>(u.scale[t]));
   Partial* const results = partials.data();
+  const T* const scales = u.scale ? scale.data() : nullptr;
   parallel(plan.count(), plan.elements, [&](int64_t begin, int64_t end) {
     Partial unused;
     plan.each(begin, end, [&](int64_t chunk, int tensor, int64_t offset) {
-      update_chunk<T>(rule, u, tensor, offset, u.observe ? results[chunk] : unused);
+      update_chunk<T>(rule, u, scales, tensor, offset, u.observe ? results[chunk] : unused);
     });
   });
   if (!u.observe) return;
+  const int subjects = 3 + rule.slots, width = subjects * kMoments;
   for (int t = 0; t < u.count; ++t) {
-    Partial whole;
+    double* cube = u.cube + t * width;
+    Moments gradient, update, weight, slots[kMaxSlots];
     for (int64_t chunk = plan.first[t]; chunk < plan.first[t + 1]; ++chunk) {
-      whole.gradient.merge(results[chunk].gradient);
-      whole.update.merge(results[chunk].update);
-      whole.weight.merge(results[chunk].weight);
-      for (int k = 0; k < rule.slots; ++k) whole.slots[k].merge(results[chunk].slots[k]);
-      whole.joint.merge(results[chunk].joint);
+      gradient.merge(results[chunk].gradient);
+      update.merge(results[chunk].update);
+      weight.merge(results[chunk].weight);
+      for (int k = 0; k < rule.slots; ++k) slots[k].merge(results[chunk].slots[k]);
     }
-    const bool missing = !u.weights[t].gradient && u.weights[t].size;
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    if (u.gradient_moments) {
-      whole.gradient.store(u.gradient + t * kMoments);
-      if (missing) std::fill_n(u.gradient + t * kMoments, kMoments, nan);
+    store_gradient(gradient, missing(u.weights[t]), u.measured ? u.measured + t * kMoments : nullptr, u.loss_scale, cube);
+    update.store(cube + kMoments);
+    weight.store(cube + 2 * kMoments);
+    for (int k = 0; k < rule.slots; ++k) slots[k].store(cube + (3 + k) * kMoments);
+  }
+  const double* clipped = u.scale;
+  if (!clipped && u.own_clip != Clip::kNone) {
+    rows.resize(u.count * kMoments);
+    own_scale.resize(u.count);
+    for (int t = 0; t < u.count; ++t) std::copy_n(u.cube + t * width, kMoments, &rows[t * kMoments]);
+    clip(u.own_clip, u.own_threshold, rows.data(), u.count, own_scale.data());
+    clipped = own_scale.data();
+  }
+  for (int t = 0; t < u.count; ++t) {
+    const double* cube = u.cube + t * width;
+    Joint joint;
+    Adaptive adaptive;
+    for (int64_t chunk = plan.first[t]; chunk < plan.first[t + 1]; ++chunk) {
+      joint.merge(results[chunk].joint);
+      adaptive.merge(results[chunk].adaptive);
     }
-    whole.update.store(u.update + t * kMoments);
-    whole.weight.store(u.weight + t * kMoments);
-    for (int k = 0; k < rule.slots; ++k) whole.slots[k].store(u.slots[k] + t * kMoments);
-    u.joint[t * kJoint] = missing ? nan : whole.joint.product;
-    u.joint[t * kJoint + 1] = missing ? nan : static_cast<double>(whole.joint.rounded);
+    Account a;
+    a.missing = missing(u.weights[t]);
+    a.slots_seen = u.slots_due;
+    a.momentum = u.momentum >= 0;
+    a.second = u.second >= 0;
+    a.scale = clipped ? clipped[t] : 1;
+    a.loss_scale = u.loss_scale;
+    a.decay = u.weights[t].decay == Decay::kNone ? 0 : u.decay;
+    if (a.momentum) a.momentum_squares = cube[(3 + u.momentum) * kMoments + kSumsq];
+    if (a.second) a.highest = cube[(3 + u.second) * kMoments + kAbsmax];
+    a.division = u.division;
+    store_joint(joint, adaptive, a, cube, cube + 2 * kMoments, u.joint + t * kJointColumns);
   }
 }
 

@@ -17,7 +17,7 @@ from tensorboard.data import provider
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from trainrt import events
-from trainrt.record import MOMENTS, VERSION, Epoch, Moments, Record
+from trainrt.record import JOINT, MOMENTS, VERSION, Epoch, Moments, Record
 from trainrt.run import Run
 
 RUN = Run.synthetic(
@@ -266,7 +266,7 @@ HOSTILE_CHUNKS = {
     "steps of rank 1": _reshape("steps", 6),
     "very many windows": _reshape("steps", 1 << 62, 2),
     "more windows than rows": _reshape("steps", 4, 2),
-    "fewer parameters": _reshape("joint", 3, 1, 5),
+    "fewer parameters": _reshape("joint", 3, 1, len(JOINT)),
     "an overflowing shape": _reshape("scalars", 1 << 32, 1 << 32, 1 << 32),
     "short content": _set("moments/update", tensor_content=b"1234"),
     "no content": _set("moments/update", tensor_content=b""),

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from trainrt import fused, matched, native
-from trainrt.record import DEVICE_MOMENTS, Moments
+from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, UPDATE, WEIGHT, Moments
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason=str(native.status().reason))
 
@@ -226,9 +226,18 @@ def test_weights_of_several_dtypes_share_an_optimizer():
         keras_step(gradients)
         seen = step(gradients)
     assert all(same(values(a), values(b)) for a, b in zip(theirs, ours, strict=True))
-    for rows, tensors in ((seen.weight, ours), (seen.gradient, gradients)):
-        for row, tensor in zip(rows.numpy(), tensors, strict=True):
+    for subject, tensors in ((WEIGHT, ours), (GRADIENT, gradients)):
+        for row, tensor in zip(rows_of(seen, subject), tensors, strict=True):
             check(row, np.asarray(tensor.numpy()))
+
+
+def rows_of(seen, subject, slots=()):
+    """[P, 6] of one subject. What a `tf.function` returns has tensors for names, so their order is given."""
+    return seen.cube.numpy()[:, [GRADIENT, UPDATE, WEIGHT, *slots].index(subject)]
+
+
+def joint_of(seen, i, name):
+    return float(seen.joint[i, JOINT.index(name)])
 
 
 def check(row, array):
@@ -258,35 +267,39 @@ def test_what_is_observed_is_what_happened(kind, options, dtype):
         for i, w in enumerate(its):
             after = w.value.numpy()
             difference = after - before[i]
-            check(seen.weight[i].numpy(), after)
-            check(seen.update[i].numpy(), difference)
+            check(rows_of(seen, WEIGHT)[i], after)
+            check(rows_of(seen, UPDATE)[i], difference)
+            assert joint_of(seen, i, "steps") == 1
+            np.testing.assert_allclose(joint_of(seen, i, "scale"), scale[i], rtol=1e-9)
             if i == missing:
-                assert np.isnan(seen.gradient[i].numpy()).all()
-                assert np.isnan(seen.joint[i].numpy()).all()
+                assert np.isnan(rows_of(seen, GRADIENT)[i]).all()
+                shared = ("gradient_update", "rounded", "gradient_momentum", "normalized_gradient")
+                assert np.isnan([joint_of(seen, i, name) for name in shared]).all()
                 continue
             g = gradients[i].numpy()
-            check(seen.gradient[i].numpy(), g)
+            check(rows_of(seen, GRADIENT)[i], g)
             product = g.astype(np.float64) * difference.astype(np.float64)
-            got, want = float(seen.joint[i, 0]), product.sum()
+            got, want = joint_of(seen, i, "gradient_update"), product.sum()
             assert np.isnan(got) if np.isnan(want) else abs(got - want) <= 1e-6 * np.abs(product).sum()
-            assert seen.joint[i, 1] == ((g != 0) & (difference == 0)).sum()
-        assert list(seen.slots) == list(update.rule.slots)
+            assert joint_of(seen, i, "rounded") == ((g != 0) & (difference == 0)).sum()
+        assert [name.numpy().decode() for name in seen.subjects[3:]] == list(update.rule.slots)
         for name, attribute in update.rule.slots.items():
             for i, slot in enumerate(getattr(optimizer, attribute)):
                 assert slot.path.endswith(f"_{name}")
-                check(seen.slots[name][i].numpy(), slot.value.numpy())
+                check(rows_of(seen, name, update.rule.slots)[i], slot.value.numpy())
 
 
 def test_observing_does_not_change_what_happens():
     results = []
-    for arguments in ({"observe": False}, {"observe": True}, {"observe": True, "gradient_moments": False}):
+    measured = tf.constant(np.random.default_rng(0).random((len(SHAPES), 6)))
+    for arguments in ({"observe": False}, {"observe": True}, {"observe": True, "measured": measured, "every": 3}):
         optimizer, its = keras.optimizers.Adam(0.1), weights("float32")
         optimizer.build(its)
         seen = tf.function(fused.plan(optimizer, its).apply)([tf.ones(s) for s in SHAPES], **arguments)
         assert (seen is None) == (not arguments["observe"])
         results.append(b"".join(values(v).tobytes() for v in [*its, *optimizer.variables]))
     assert results[0] == results[1] == results[2]
-    assert seen.gradient is None
+    np.testing.assert_array_equal(rows_of(seen, GRADIENT), measured)
 
 
 def test_a_fused_update_runs_inside_a_loop_in_a_graph():
@@ -421,7 +434,9 @@ def test_every_rule_of_the_library_belongs_to_an_optimizer():
     with pytest.raises(tf.errors.InvalidArgumentError) as caught:
         native.update(
             rule="none", weights=[tf.Variable(0.0).handle], slots=[], gradients=[tf.zeros([])], factors=[], prepare=[],
-            scalars=[], decay=[0], graph=True, observe=False, gradient_moments=False,
+            scalars=[], decay=[0], graph=True, observe=False,
+            measured=None, scale=None, iterations=tf.constant(0, tf.int64), learning_rate=tf.constant(0.0, tf.float64),
+            constants=tf.zeros([6], tf.float64), every=1, own_clip="", divides="", momentum=-1, second=-1,
         )  # fmt: skip
     known = str(caught.value).split("rules ")[1].split(". Received")[0].split(", ")
     assert used == set(known)

@@ -11,8 +11,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainrt import native
-from trainrt.record import DEVICE_MOMENTS, Moments
+from trainrt import adaptive, moments, native
+from trainrt.record import DEVICE_MOMENTS, JOINT, SLOTS_EVERY, Moments
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason=str(native.status().reason))
 
@@ -93,6 +93,12 @@ def test_tensors_of_several_dtypes_are_measured_in_one_op():
         check(row, tensor)
 
 
+def observe(before, after, gradients, **arguments):
+    """What the kernels saw of an update: [P, 6] moments of it, and the joint sums of `moments.measure_update`."""
+    cube, joint = native.observe(before, after, gradients, **arguments)
+    return cube[:, 1].numpy(), joint.numpy()[:, [JOINT.index("gradient_update"), JOINT.index("rounded")]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e-30])
 def test_an_update_is_the_rounded_difference(dtype, scale):
@@ -101,10 +107,10 @@ def test_an_update_is_the_rounded_difference(dtype, scale):
     steps = [rng.standard_normal(size) * rng.choice([0, 1e-3, 1e-12], size) * scale for size in SIZES]
     after = [b + tensor_of(step, dtype) for b, step in zip(before, steps, strict=True)]
     gradients = [tensor_of(rng.standard_normal(size) * rng.choice([0, 1], size), dtype) for size in SIZES]
-    update, joint = native.measure_update(before, after, gradients)
+    update, joint = observe(before, after, gradients)
     for i, (a, b, g) in enumerate(zip(after, before, gradients, strict=True)):
         difference = a - b
-        check(update[i].numpy(), difference)
+        check(update[i], difference)
         g64, u64 = (x.numpy().astype(np.float64) for x in (g, difference))
         if SIZES[i] == 0:
             continue
@@ -114,14 +120,14 @@ def test_an_update_is_the_rounded_difference(dtype, scale):
 
 def test_a_missing_gradient_is_not_measured_and_its_update_is():
     before, after = tf.zeros([700]), tf.ones([700])
-    update, joint = native.measure_update([before], [after], [None])
-    check(update[0].numpy(), after - before)
-    assert np.isnan(joint.numpy()).all()
+    update, joint = observe([before], [after], [None])
+    check(update[0], after - before)
+    assert np.isnan(joint).all()
 
 
 def test_a_gradient_that_is_nan_makes_the_inner_product_nan():
     gradient = tf.constant([1.0] * 511 + [np.nan])
-    _, joint = native.measure_update([tf.zeros([512])], [tf.ones([512])], [gradient])
+    _, joint = observe([tf.zeros([512])], [tf.ones([512])], [gradient])
     assert np.isnan(joint[0, 0])
     assert joint[0, 1] == 0
 
@@ -130,14 +136,102 @@ def test_a_gradient_of_another_dtype_than_its_weight_is_measured():
     rng = np.random.default_rng(0)
     before, step = (tf.constant(rng.standard_normal(3000).astype("float32")) for _ in range(2))
     gradient = tf.cast(tf.constant(rng.standard_normal(3000)), tf.bfloat16)
-    _, joint = native.measure_update([before], [before + step], [gradient])
+    _, joint = observe([before], [before + step], [gradient])
     product = gradient.numpy().astype(np.float64) * (before + step - before).numpy().astype(np.float64)
     assert abs(joint[0, 0] - product.sum()) <= 1e-6 * np.abs(product).sum()
 
 
+def shared(gradients, momentums, seconds, division, kernels, every=1, iterations=0):
+    """What gradients share with slots: the columns from `slot_steps` on, [P, ...], by the kernels or without them.
+
+    division: inside, outside and floor; the rate is 2 and the correction 3.
+    """
+    known = [
+        next((t for t in triple if t is not None), tf.zeros([0]))
+        for triple in zip(gradients, momentums, seconds, strict=True)
+    ]
+    first, second = ([-1 if t is None else k for t in row] for k, row in enumerate((momentums, seconds)))
+    rows = tf.constant([[*division, 2.0, 3.0, 0.0]] * len(known), tf.float64)
+    if kernels:
+        arguments = {"table": rows, "momentum": first, "second": second, "every": every}
+        count = tf.constant(iterations, tf.int64)
+        joint = native.observe(known, known, gradients, [momentums, seconds], iterations=count, **arguments)[1]
+        return joint.numpy()[:, JOINT.index("slot_steps") :]
+    table = adaptive.Table({"momentum": momentums, "second": seconds}, rows, first, second)
+    measured = moments.measure_adaptive(gradients, momentums, seconds, rows[:, :3])
+    columns = table.columns(
+        measured, [moments.measure(row) for row in (momentums, seconds)], moments.measure(gradients)
+    )
+    return np.stack([columns[name] for name in JOINT[JOINT.index("slot_steps") :]], axis=1)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("inside", "outside"), [(0.0, 1e-3), (1e-3, 0.0)])
+def test_what_gradients_share_with_slots_is_that_of_float64_at_every_size(inside, outside, dtype, kernels):
+    rng = np.random.default_rng(0)
+    draws = [(rng.standard_normal(n), rng.standard_normal(n), np.square(rng.standard_normal(n)) * 1e-4) for n in SIZES]
+    tensors = [[tensor_of(x, dtype) for x in draw] for draw in draws]
+    floor = outside**2 if outside else inside
+    rows = shared(*map(list, zip(*tensors, strict=True)), (inside, outside, floor), kernels)
+    for row, draw in zip(rows, tensors, strict=True):
+        g, m, v = (t.numpy().astype(np.float64).ravel() for t in draw)
+        if not g.size:
+            continue
+        divisor = np.sqrt(v + inside) + outside
+        assert row[0] == 1
+        assert abs(row[1] - (g * m).sum()) <= 1e-6 * np.abs(g * m).sum()
+        want = [np.linalg.norm(g) * np.linalg.norm(m), 3 * np.square(g / divisor).sum()]
+        np.testing.assert_allclose(row[2:4], want, rtol=1e-6)
+        assert row[4] == (v < floor).sum()
+        np.testing.assert_allclose(row[5:], [(2 / divisor).sum(), (2 / divisor).max(), (2 / divisor).min()], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_what_gradients_share_with_slots_is_nan_where_a_part_is_missing(kernels):
+    some = tf.ones([700])
+    given = ([None, some, some, None], [some, None, some, None], [some, some, None, None])
+    rows = shared(*given, (0.0, 1.0, 4.0), kernels)
+    want = [[1, 0, 0, 0, 1, 1, 1, 1], [1, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(~np.isnan(rows), np.array(want, bool))
+    np.testing.assert_array_equal(rows[:, 0], [1, 1, 1, 0])
+    np.testing.assert_allclose(rows[1, 3:], [3 * 175, 700, 2 * 350, 1, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_slots_that_are_zero_huge_or_not_finite_are_folded_as_they_are(kernels):
+    division = (0.0, 1e-7, 1e-14)
+    for g, v in ((0.0, 0.0), (1e-25, 0.0), (1e15, 1e30), (1e-30, 1.0)):
+        row = shared([tf.fill([512], g)], [None], [tf.fill([512], v)], division, kernels)[0]
+        divisor = np.sqrt(np.float64(np.float32(v))) + 1e-7
+        each = 2 / divisor
+        np.testing.assert_allclose(
+            row[3:], [3 * 512 * (np.float32(g) / divisor) ** 2, 512 if v == 0 else 0, 512 * each, each, each], rtol=1e-6
+        )
+    bad = tf.constant([1.0] * 511 + [np.nan])
+    row = shared([bad], [bad], [bad], division, kernels)[0]
+    assert np.isnan(row[[1, 3, 5]]).all()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_kernels_hold_slots_against_gradients_in_the_first_steps_and_in_every_eighth(every):
+    some = [tf.ones([5])]
+    for begin in (0, 1, 2):  # a run may go on from any count of steps
+        counts = range(begin, begin + 50 * every, every)
+        rows = [shared(some, some, some, (0.0, 1.0, 0.0), True, every, n)[0] for n in counts]
+        seen = [row[0] for row in rows]
+        for row in rows:
+            assert np.isnan(row[1:]).all() == (row[0] == 0)
+        if begin < every:
+            assert all(seen[:SLOTS_EVERY])
+        gaps = np.diff(np.flatnonzero(seen))
+        assert gaps.max() == SLOTS_EVERY
+        assert set(gaps) == {1, SLOTS_EVERY}
+
+
 def test_weights_of_different_sizes_are_refused():
     with pytest.raises(tf.errors.InvalidArgumentError, match="3 elements before and 4 after"):
-        native.measure_update([tf.zeros([3])], [tf.zeros([4])], [None])
+        native.observe([tf.zeros([3])], [tf.zeros([4])], [None])
 
 
 THREADS = """
@@ -149,14 +243,14 @@ rng = np.random.default_rng(0)
 parts = (300_001, 0), (99, -30), (200_000, 9)
 x = [tf.constant((rng.standard_normal(n) * 10.0 ** k).astype("float32")) for n, k in parts]
 rows = native.measure(x)
-update, joint = native.measure_update(x, [a * 1.001 for a in x], x)
+update, joint = native.observe(x, [a * 1.001 for a in x], x)
 import keras
 from trainrt import fused
 weights = [keras.Variable(a) for a in x]
 adam = keras.optimizers.Adam(0.1)
 adam.build(weights)
 seen = tf.function(fused.plan(adam, weights).apply)(x)
-tensors = [rows, update, joint, *tf.nest.flatten(seen), *(w.value for w in weights)]
+tensors = [rows, update, joint, seen.cube, seen.joint, *(w.value for w in weights)]
 print(b"".join(t.numpy().tobytes() for t in tensors).hex()[-200000:])
 """
 

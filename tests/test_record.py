@@ -122,6 +122,7 @@ def test_windows_merged_as_records_hold_every_step(widths):
         parameters=2,
         gradient_norm=rng.exponential(size=(n, 2)),
         clip_scale=rng.random((n, 2)),
+        element_rate=rng.random((n, 2)),
         loss=rng.random(n),
     )
     record = Record.concatenate(run._chunks)
@@ -130,7 +131,9 @@ def test_windows_merged_as_records_hold_every_step(widths):
     again, once = windows.merge(), record.merge()
     np.testing.assert_array_equal(again.steps, [[0, n - 1]])
     np.testing.assert_array_equal(again.wall_time, record.wall_time[-1:])
-    np.testing.assert_allclose(again.joint, record.joint.sum(0, keepdims=True), rtol=1e-9)
+    for i, name in enumerate(JOINT):
+        reduce = {"largest_rate": np.max, "smallest_rate": np.min}.get(name, np.sum)
+        np.testing.assert_allclose(again.joint[0, :, i], reduce(record.joint[..., i], axis=0), rtol=1e-9)
     np.testing.assert_allclose(again.scalars, once.scalars, rtol=1e-9)
     np.testing.assert_allclose(
         once.scalars[0, 0], [v(run.scalar("loss")) for v in (np.mean, np.min, np.max)], rtol=1e-9

@@ -334,11 +334,14 @@ def test_without_pandas_the_table_names_the_remedy(monkeypatch):
 PLAIN = {"loss", "learning_rate"}
 
 
-@pytest.mark.parametrize("name", sorted(set(synthetic.names(("velocity",))) - PLAIN))
+SLOTS = ("velocity", "momentum")
+
+
+@pytest.mark.parametrize("name", sorted(set(synthetic.names(SLOTS)) - PLAIN))
 def test_a_synthetic_run_has_the_statistic_it_was_given(name):
     value = RNG.uniform(0.1, 0.9, size=(5, 2))
-    alive = {} if name in ("velocity_norm", "velocity_rms") else {"velocity_norm": 1.0}
-    run = Run.synthetic(5, 2, slots=("velocity",), **alive, **{name: value})
+    alive = {f"{s}_norm": 1.0 for s in SLOTS if name not in (f"{s}_norm", f"{s}_rms")}
+    run = Run.synthetic(5, 2, slots=SLOTS, **alive, **{name: value})
     np.testing.assert_allclose(run[name], value, rtol=1e-9)
 
 

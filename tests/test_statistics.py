@@ -8,7 +8,8 @@ from trainrt.record import JOINT, Moments, Parameter, Record, Roster
 from trainrt.run import Run
 
 SHAPES = ((7, 3), (1,), (), (0,), (129,))
-SUBJECTS = ("gradient", "update", "weight", "velocity")
+SUBJECTS = ("gradient", "update", "weight", "velocity", "momentum")
+OUTSIDE, DECAY = 0.3, 0.01
 WIDTH, STEPS = 3, 12
 RNG = np.random.default_rng(4)
 
@@ -20,16 +21,46 @@ def _tensor(shape) -> np.ndarray:
 
 
 STEP = [{subject: [_tensor(shape) for shape in SHAPES] for subject in SUBJECTS} for _ in range(STEPS)]
+SKIPPED = (RNG.random((STEPS, len(SHAPES))) < 0.3).astype(float)
+HELD = np.arange(STEPS) % 4 != 1
+"""Steps in which the gradient was held against the slots; some windows have none of the others, none has none."""
+
+OF_SLOTS = JOINT[JOINT.index("gradient_momentum") :]
 SCALE = np.where(RNG.random((STEPS, len(SHAPES))) < 0.5, 1.0, RNG.random((STEPS, len(SHAPES))))
 RATE = RNG.random(STEPS)
+CORRECTION = 1 - 0.9 ** np.arange(1, STEPS + 1)
 PARAMETERS = tuple(Parameter(f"w{i}", f"w{i}", shape, "float32") for i, shape in enumerate(SHAPES))
-ROSTER = Roster(PARAMETERS, SUBJECTS, ("learning_rate",))
+ROSTER = Roster(PARAMETERS, SUBJECTS, ("learning_rate", "bias_correction"))
 
 
 def _product(step, p) -> float:
     a, b = step["gradient"][p], step["update"][p]
     ok = np.isfinite(a) & np.isfinite(b)
     return float((a[ok] * b[ok]).sum())
+
+
+def _with_momentum(step, p) -> float:
+    a, b = step["gradient"][p], step["momentum"][p]
+    ok = np.isfinite(a) & np.isfinite(b)
+    return float((a[ok] * b[ok]).sum())
+
+
+def _norms(step, p) -> float:
+    a, b = (np.nan_to_num(step[s][p], nan=0.0, posinf=0.0, neginf=0.0) for s in ("gradient", "momentum"))
+    return float(np.linalg.norm(a) * np.linalg.norm(b))
+
+
+def _divisor(step, p) -> np.ndarray:
+    """Of a second moment whose root is the velocity's magnitude."""
+    return np.abs(np.nan_to_num(step["velocity"][p], nan=1.0, posinf=1.0, neginf=1.0)).reshape(-1) + OUTSIDE
+
+
+def _normalized(step, p) -> np.ndarray:
+    return np.nan_to_num(step["gradient"][p], nan=0.0, posinf=0.0, neginf=0.0).reshape(-1) / _divisor(step, p)
+
+
+def _decayed(step, p) -> np.ndarray:
+    return DECAY * np.nan_to_num(step["weight"][p], nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _rounded(step, p) -> int:
@@ -47,7 +78,19 @@ def _record(width: int) -> Record:
                         "clipped": float(SCALE[t, p] < 1),
                         "gradient_update": _product(step, p),
                         "rounded": _rounded(step, p),
+                        "skipped": SKIPPED[t, p],
+                        "decay": np.square(_decayed(step, p)).sum(),
+                        "slot_steps": HELD[t],
+                        "gradient_momentum": _with_momentum(step, p),
+                        "momentum_norms": _norms(step, p),
+                        "normalized_gradient": np.square(_normalized(step, p)).sum(),
+                        "under_epsilon": (_divisor(step, p) < 2 * OUTSIDE).sum(),
+                        "rates": (RATE[t] / _divisor(step, p)).sum(),
+                        "largest_rate": (RATE[t] / _divisor(step, p)).max(initial=-np.inf),
+                        "smallest_rate": (RATE[t] / _divisor(step, p)).min(initial=np.inf),
                     }[name]
+                    if HELD[t] or name not in OF_SLOTS
+                    else np.nan
                     for name in JOINT
                 ]
                 for p in range(len(SHAPES))
@@ -61,7 +104,7 @@ def _record(width: int) -> Record:
         numbers.astype(float),
         {s: np.array([[Moments.of(x).array for x in step[s]] for step in STEP]) for s in SUBJECTS},
         joint,
-        np.repeat(RATE[:, None, None], 3, axis=2),
+        np.repeat(np.stack([RATE, CORRECTION], axis=1)[:, :, None], 3, axis=2),
     )
     return Record.concatenate([record[at : at + width].merge() for at in range(0, STEPS, width)])
 
@@ -92,6 +135,22 @@ class Window:
     @property
     def scale(self) -> np.ndarray:
         return SCALE[self.numbers, self.p]
+
+    def each(self, of) -> np.ndarray:
+        """What `of` gives for each step, one behind the other."""
+        return np.concatenate([np.ravel(of(STEP[t], self.p)) for t in self.numbers])
+
+    def held(self, of) -> np.ndarray:
+        """The same of the steps in which the gradient was held against the slots."""
+        return np.concatenate([[], *(np.ravel(of(STEP[t], self.p)) for t in self.numbers if HELD[t])])
+
+    def extreme(self, reduce, nothing: float) -> float:
+        """The largest or smallest rate; NaN if no step of the window was held against the slots."""
+        return reduce.reduce(self.rates, initial=nothing) if HELD[self.numbers].any() else np.nan
+
+    @property
+    def rates(self) -> np.ndarray:
+        return np.concatenate([[], *(RATE[t] / _divisor(STEP[t], self.p) for t in self.numbers if HELD[t])])
 
     @property
     def product(self) -> float:
@@ -128,6 +187,16 @@ TWINS = {
     "gradient_update_cosine": lambda w: (
         w.product / (np.linalg.norm(w.norms("gradient")) * np.linalg.norm(w.norms("update")))
     ),
+    "gradient_momentum_cosine": lambda w: w.held(_with_momentum).sum() / w.held(_norms).sum(),
+    "normalized_gradient_rms": lambda w: np.sqrt(_share(w.held(_normalized) ** 2)),
+    "epsilon_share": lambda w: _share(w.held(_divisor) < 2 * OUTSIDE),
+    "element_rate": lambda w: _share(w.rates),
+    "element_rate_max": lambda w: w.extreme(np.fmax, -np.inf),
+    "element_rate_min": lambda w: w.extreme(np.fmin, np.inf),
+    "decay_norm": lambda w: np.linalg.norm(w.each(_decayed)) / np.sqrt(len(w.numbers)),
+    "decay_ratio": lambda w: np.linalg.norm(w.each(_decayed)) / np.linalg.norm(w.norms("update")),
+    "second_moment_age": lambda w: -np.log(1 - CORRECTION[w.numbers].mean()),
+    "skipped_share": lambda w: SKIPPED[w.numbers, w.p].mean(),
     "predicted_decrease": lambda w: -w.product / len(w.numbers),
     "effective_learning_rate": lambda w: w.rms("update") / w.rms("gradient"),
     "unit_update": lambda w: w.rms("update") / RATE[w.numbers].mean(),
@@ -170,7 +239,11 @@ def test_a_statistic_says_its_unit_and_shows_an_example(name):
 @pytest.mark.parametrize("name", statistics.names(SUBJECTS))
 def test_a_weight_that_was_not_measured_has_no_statistics(name):
     run = Run.synthetic(
-        steps=2, parameters=2, slots=("velocity",), **{f"{s}_norm": [[np.nan, 1.0]] * 2 for s in SUBJECTS}
+        steps=2,
+        parameters=2,
+        slots=("velocity", "momentum"),
+        scalars={"bias_correction": 0.5},
+        **{f"{s}_norm": [[np.nan, 1.0]] * 2 for s in SUBJECTS},
     )
     assert np.isnan(run[name][:, 0]).all()
     assert not np.isnan(run[name][:, 1]).any()
@@ -178,10 +251,11 @@ def test_a_weight_that_was_not_measured_has_no_statistics(name):
 
 def test_no_statistic_warns_about_what_is_zero_empty_or_not_finite():
     zero = {f"{s}_norm": 0.0 for s in SUBJECTS}
+    slots = ("velocity", "momentum")
     for run in (
-        Run.synthetic(steps=2, slots=("velocity",), **zero),
-        Run.synthetic(steps=2, size=0, slots=("velocity",)),
-        Run.synthetic(steps=2, slots=("velocity",), **{f"{s}_nonfinite_share": 1.0 for s in SUBJECTS}),
+        Run.synthetic(steps=2, slots=slots, **zero),
+        Run.synthetic(steps=2, size=0, slots=slots),
+        Run.synthetic(steps=2, slots=slots, **{f"{s}_nonfinite_share": 1.0 for s in SUBJECTS}),
     ):
         for name in run.statistics:
             run[name]

@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 
 import trainrt
-from trainrt import doors
-from trainrt.record import Moments
+from trainrt import doors, native
+from trainrt.record import SLOTS_EVERY, Moments
 
 
 def _optimizers():
@@ -297,3 +297,127 @@ def test_the_list_of_all_variables_is_no_slot_though_it_may_be_as_long_as_that_o
     optimizer.build(model.trainable_weights)
     assert len(optimizer.variables) == len(model.trainable_weights)
     assert doors.slots(optimizer, model.trainable_weights) == {}
+
+
+ADAPTIVE = {  # kind, options -> (slot, t -> (factor on the learning rate, inside, outside, correction))
+    "adam": (
+        keras.optimizers.Adam, {}, "velocity",
+        lambda t: ((1 - 0.999**t) ** 0.5 / (1 - 0.9**t), 0, 1e-3, 1 - 0.999**t),
+    ),
+    "amsgrad": (
+        keras.optimizers.Adam, {"amsgrad": True}, "velocity_hat",
+        lambda t: ((1 - 0.999**t) ** 0.5 / (1 - 0.9**t), 0, 1e-3, 1 - 0.999**t),
+    ),
+    "nadam": (
+        keras.optimizers.Nadam, {}, "velocity",
+        lambda t: ((1 - 0.999**t) ** 0.5, 0, 1e-3 * (1 - 0.999**t) ** 0.5, 1 - 0.999**t),
+    ),
+    "rmsprop": (keras.optimizers.RMSprop, {"momentum": 0.9}, "velocity", lambda t: (1, 1e-3, 0, 1)),
+    "adagrad": (keras.optimizers.Adagrad, {}, "accumulator", lambda t: (1, 1e-3, 0, 1)),
+}  # fmt: skip
+
+
+class Gradients(Twin):
+    """Of the loss at the weights before each step, besides what `Twin` takes."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches, self.gradients = batches, []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        x, y = self.batches[batch]
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self.model(x) - y))
+        gradients = tape.gradient(loss, [v.value for v in self.model.trainable_variables])
+        self.gradients.append([g.numpy().astype(np.float64) for g in gradients])
+
+
+@pytest.mark.parametrize("kernels", ["0", "1"])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_what_an_optimizer_divides_by_and_decays_is_that_of_its_variables(name, scaled, kernels, monkeypatch):
+    monkeypatch.setenv("TRAINRT_NATIVE", kernels)
+    kind, options, slot, scalars = ADAPTIVE[name]
+    optimizer = kind(0.01, epsilon=1e-3, weight_decay=0.1, clipnorm=0.05, **options)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    if scaled:
+        optimizer.clipnorm = None
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=64.0)
+    x, y = _data()
+    twin = Gradients([(x[i : i + 16], y[i : i + 16]) for i in (0, 16, 32)])
+    model = _model(optimizer)
+    run = trainrt.fit(model, x, y, batch_size=16, verbose=0, shuffle=False, callbacks=[twin]).run
+    paths = [v.path for v in model.trainable_variables]
+    for t in range(3):
+        factor, inside, outside, correction = scalars(t + 1)
+        for p, path in enumerate(paths):
+            g = twin.gradients[t][p]
+            norm = np.linalg.norm(g)
+            clipped = g if scaled else g * min(1.0, 0.05 / norm)
+            own = {n: twin.slots[t].get(f"{path.replace('/', '_')}_{n}") for n in (slot, "momentum")}
+            v = own[slot].astype(np.float64)
+            divisor = np.sqrt(v + inside) + outside
+            rates = 0.01 * factor / divisor
+            wanted = {
+                "normalized_gradient_rms": np.sqrt(np.mean(np.square(clipped / divisor)) * correction),
+                "epsilon_share": np.mean(v < (outside**2 if outside else inside)),
+                "element_rate": rates.mean(),
+                "element_rate_max": rates.max(),
+                "element_rate_min": rates.min(),
+                "decay_norm": 0.0 if "bias" in path else 0.001 * np.linalg.norm(twin.weights[t + 1][p]),
+            }
+            if own["momentum"] is not None:
+                m = own["momentum"].astype(np.float64)
+                wanted["gradient_momentum_cosine"] = (g * m).sum() / (norm * np.linalg.norm(m))
+            for statistic, value in wanted.items():
+                np.testing.assert_allclose(
+                    run[statistic][t, p], value, rtol=1e-4, atol=1e-9, err_msg=f"{statistic} {path}"
+                )
+            if "bias" not in path:  # the weight after the step stands for the one before: off by the update at most
+                before, update = (np.linalg.norm(x) for x in (twin.weights[t][p], run.moments("update")[t, p].norm))
+                assert abs(run["decay_norm"][t, p] - 0.001 * before) <= 0.001 * update * (1 + 1e-5)
+    assert (run["skipped_share"] == 0).all()
+    if name in ("adam", "amsgrad", "nadam"):
+        np.testing.assert_allclose(run.scalar("bias_correction"), [1 - 0.999**t for t in (1, 2, 3)], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "every"), [(keras.optimizers.Adam, 1), (keras.optimizers.Lamb, 1), ("adam", 3)])
+def test_with_kernels_slots_are_held_against_the_gradient_in_every_eighth_step_and_all_else_in_each(kind, every):
+    if native.load() is None:
+        pytest.skip(str(native.status().reason))
+    optimizer = kind if isinstance(kind, str) else kind()
+    run = trainrt.fit(_model(optimizer), *_data(), batch_size=1, verbose=0, epochs=every, observe=every).run
+    held = run.joint("slot_steps")[:, 0] == 1
+    number = np.arange(len(run))
+    np.testing.assert_array_equal(held, (number < SLOTS_EVERY) | (number % SLOTS_EVERY == 0))
+    np.testing.assert_array_equal(np.isnan(run["gradient_momentum_cosine"][:, 0]), ~held)
+    for name in ("update_ratio", "gradient_norm", "momentum_norm", "decay_norm", "gradient_update_cosine"):
+        assert np.isfinite(run[name][:, 0]).all(), name
+
+
+def test_an_optimizer_without_a_second_moment_has_no_rates():
+    run = trainrt.fit(_model(keras.optimizers.SGD(0.1, momentum=0.9)), *_data(), batch_size=16, verbose=0).run
+    for name in ("normalized_gradient_rms", "epsilon_share", "element_rate", "element_rate_max", "element_rate_min"):
+        assert np.isnan(run[name]).all(), name
+    np.testing.assert_allclose(run["gradient_momentum_cosine"][0], -1, rtol=1e-5)
+    assert (run["decay_norm"] == 0).all()
+
+
+def test_steps_that_loss_scaling_skips_are_told():
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(0.1, weight_decay=0.1), initial_scale=2.0**126
+    )
+    twin = []
+
+    class Inner(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            twin.append(int(optimizer.inner_optimizer.iterations.numpy()))
+
+    x, y = _data()
+    history = trainrt.fit(_model(optimizer), x * 1e3, y * 1e3, batch_size=16, epochs=4, verbose=0, callbacks=[Inner()])
+    skipped = np.diff([0, *twin]) == 0
+    assert 0 < skipped.sum() < len(skipped)
+    run = history.run
+    np.testing.assert_array_equal(run["skipped_share"], np.repeat(skipped[:, None], 4, axis=1))
+    assert (run["decay_norm"][skipped] == 0).all()
+    assert (run["decay_norm"][~skipped] > 0).any()

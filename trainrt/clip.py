@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import tensorflow as tf
 
@@ -23,7 +24,21 @@ _NONFINITE = DEVICE_MOMENTS.index("nonfinite")
 
 
 @dataclasses.dataclass(frozen=True)
-class GlobalNorm:
+class Known:
+    """A clip with a threshold that the native kernels compute too; `native` is its name there."""
+
+    threshold: float
+    native: ClassVar[str]
+
+    def __post_init__(self):
+        _positive("threshold", self.threshold)
+
+    def __call__(self, moments: tf.Tensor) -> tf.Tensor:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalNorm(Known):
     """Scales all gradients together so that the L2 norm over all weights is at most `threshold`.
 
     A gradient with a NaN or an infinite element makes every scale NaN, as Keras's `global_clipnorm` does: there is no
@@ -32,10 +47,7 @@ class GlobalNorm:
     Source: Pascanu et al., On the difficulty of training recurrent neural networks, 2013.
     """
 
-    threshold: float
-
-    def __post_init__(self):
-        _positive("threshold", self.threshold)
+    native = "global_norm"
 
     def __call__(self, moments: tf.Tensor) -> tf.Tensor:
         measured = tf.logical_not(tf.math.is_nan(moments[:, 0]))
@@ -46,32 +58,44 @@ class GlobalNorm:
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightNorm:
+class WeightNorm(Known):
     """Scales each gradient so that its own L2 norm is at most `threshold`, as Keras's `clipnorm`."""
 
-    threshold: float
-
-    def __post_init__(self):
-        _positive("threshold", self.threshold)
+    native = "weight_norm"
 
     def __call__(self, moments: tf.Tensor) -> tf.Tensor:
         return _unless_broken(moments, _at_most(self.threshold, tf.sqrt(moments[:, _SUMSQ])))
 
 
 @dataclasses.dataclass(frozen=True)
-class LargestMagnitude:
+class LargestMagnitude(Known):
     """Scales each gradient so that its largest magnitude is at most `threshold`.
 
     Unlike Keras's `clipvalue`, which cuts single elements, it keeps the direction of the gradient.
     """
 
-    threshold: float
-
-    def __post_init__(self):
-        _positive("threshold", self.threshold)
+    native = "largest_magnitude"
 
     def __call__(self, moments: tf.Tensor) -> tf.Tensor:
         return _unless_broken(moments, _at_most(self.threshold, moments[:, _ABSMAX]))
+
+
+KNOWN = (GlobalNorm, WeightNorm, LargestMagnitude)
+
+
+def own(optimizer) -> Known | None:
+    """The clip that a Keras optimizer does itself; None for none.
+
+    `clipvalue` cuts single elements, which is no scale; it is 1 unless the largest magnitude is cut, and then the share
+    of that which is left.
+    """
+    if optimizer.clipnorm:
+        return WeightNorm(optimizer.clipnorm)
+    if optimizer.global_clipnorm:
+        return GlobalNorm(optimizer.global_clipnorm)
+    if optimizer.clipvalue:
+        return LargestMagnitude(optimizer.clipvalue)
+    return None
 
 
 def resolve(clip: float | Clip | None) -> Clip | None:

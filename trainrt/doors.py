@@ -30,6 +30,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `optimizer._distribution_strategy`, `LossScaleOptimizer._common_apply`, `Strategy.extended._use_merge_call` | updates one replica as if it were alone, with `tf.cond` and gradient accumulation | an `apply` that takes reduced gradients, as Keras 2 had |
 | `SeedGenerator.next` | other dropout masks on each replica | a seed of each replica's own in Keras |
 | `optimizer._get_current_learning_rate` | an experiment with another rate, whatever it comes from | a setter that takes a schedule back |
+| `optimizer._use_weight_decay`, `_apply_weight_decay` | which weights decay, and whether as in Keras | a public question |
 | `optimizer._trainable_variables`, its per-variable lists | pairs slots with weights | public slot names |
 """
 
@@ -543,6 +544,23 @@ def optimizers(model: keras.Model) -> list[keras.optimizers.Optimizer]:
 def trained_variables(optimizer) -> list:
     """The weights that the optimizer was built with."""
     return list(optimizer._trainable_variables)
+
+
+def learning_rate(optimizer) -> tf.Tensor:
+    """The rate of the coming update, [] float64; that of the first optimizer where several share the weights."""
+    several = getattr(optimizer, "optimizers", None)
+    rate = (several[0] if several else optimizer).learning_rate
+    return tf.cast(tf.identity(rate.value if isinstance(rate, keras.Variable) else rate), tf.float64)
+
+
+def decays_as_keras(optimizer) -> bool:
+    """Whether a weight decays as Keras says: by learning rate * weight decay * weight, before the update."""
+    return type(optimizer)._apply_weight_decay is keras.optimizers.Optimizer._apply_weight_decay
+
+
+def decays(optimizer, variable) -> bool:
+    """Whether the optimizer decays this weight."""
+    return optimizer.weight_decay is not None and optimizer._use_weight_decay(raw(variable))
 
 
 def raw(variable) -> tf.Variable:

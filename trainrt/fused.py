@@ -7,7 +7,7 @@ TensorFlow ops that Keras uses, so that their bits agree.
 
 This holds for the exact optimizer types in `RULES`, while the Keras source that was matched is the one installed
 (`matched.py`), and for options that `plan` does not refuse. Everything else takes the generic path, which is always
-right: `optimizer.apply`, then `native.measure_update`.
+right: `optimizer.apply`, measured from outside (`generic.py`).
 
 A step that XLA compiles takes no fused update. An op of ours cannot be inside the cluster; outside of it every gradient
 would have to be written to memory and read again, while XLA fuses the optimizer's elementwise ops, and statistics in
@@ -23,10 +23,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from trainrt import matched, native
+from trainrt import adaptive, clip, doors, matched, native, record
 
 DECAY_NONE, DECAY_MERGED, DECAY_IN_TURN = range(3)
 """As `Decay` in `kernels/kernels.h`."""
@@ -39,23 +40,27 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 class Observation(NamedTuple):
-    """What one fused step did; P rows in the order of the weights.
+    """What one step did; P rows in the order of the weights.
 
     Attributes:
-      gradient: [P, 6] float64 moments of the gradient before any scale or clip, NaN where there is none; None if they
-        were not asked for.
-      update: [P, 6]: weight after the step minus the weight before it.
-      weight: [P, 6], after the step.
-      slots: Name of a slot, as Keras calls it -> [P, 6], after the step.
-      joint: [P, 2] float64: the sum of gradient * update, and the number of elements whose gradient is not zero and
-        whose update is; NaN without a gradient.
+      subjects: "gradient", "update", "weight", then the slots as Keras calls them.
+      cube: [P, S, 6] float64 moments of the subjects: the gradient before any scale or clip, with a loss scale divided
+        out; the weight after the step minus the weight before it; weight and slots after the step. NaN where there is
+        none.
+      joint: [P, J] float64, columns as in `record.JOINT`.
+      learning_rate: [] float64, of the step.
+      correction: [] float64, by which the second moment is divided to have no bias to zero; None if nothing is divided.
     """
 
-    gradient: tf.Tensor | None
-    update: tf.Tensor
-    weight: tf.Tensor
-    slots: dict[str, tf.Tensor]
+    subjects: tuple[str, ...]
+    cube: tf.Tensor
     joint: tf.Tensor
+    learning_rate: tf.Tensor
+    correction: tf.Tensor | None
+
+    def moments(self, subject: str) -> tf.Tensor:
+        """[P, 6] of one subject."""
+        return self.cube[:, self.subjects.index(subject)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,16 +302,19 @@ class Fused:
         gradients: Sequence[tf.Tensor | None],
         scale: tf.Tensor | None = None,
         observe: bool = True,
-        gradient_moments: bool = True,
+        measured: tf.Tensor | None = None,
+        every: int = 1,
     ) -> Observation | None:
         """Updates weights, slots and `optimizer.iterations`, inside a `tf.function` or eagerly.
 
         Args:
           gradients: P dense gradients of their weights' dtypes; None where the loss does not reach, which Keras warns
             about.
-          scale: [P] float32: each gradient is multiplied by its own, before Keras's clip. None does not multiply.
+          scale: [P]: each gradient is multiplied by its own, as float32, before Keras's clip. None does not
+            multiply.
           observe: Whether to measure.
-          gradient_moments: Whether the gradient's moments are wanted too; not if the caller has them already.
+          measured: [P, 6] moments of the gradients with a loss scale divided out, if the caller has them already.
+          every: How many steps there are to one observed, which says when the slots are held against the gradient.
 
         Returns:
           The measurements; None unless `observe`.
@@ -323,31 +331,48 @@ class Fused:
             dtype = optimizer._u_product.dtype
             power = ops.power(0.96, ops.cast(optimizer.iterations + 1, dtype))
             optimizer.assign(optimizer._u_product, optimizer._u_product * optimizer.beta_1 * (1.0 - 0.5 * power))
-        rate = optimizer.learning_rate
+        rate = ops.convert_to_tensor(optimizer.learning_rate)
+        scale = None if scale is None else tf.cast(scale, tf.float64)
+        if observe:
+            step = (tf.cast(doors.raw(optimizer.iterations), tf.int64), tf.cast(rate, tf.float64), every)
+        else:
+            step = (tf.constant(0, tf.int64), tf.constant(0.0, tf.float64), 1)
         groups: dict[str, list[int]] = {}
         for i, variable in enumerate(self.variables):
             if gradients[i] is not None or observe:
                 groups.setdefault(_raw(variable).dtype.name, []).append(i)
-        parts = {
-            dtype: self._apply_group(dtype, index, gradients, scale, rate, observe, gradient_moments)
+        parts = [
+            self._apply_group(dtype, index, gradients, scale, rate, observe, measured, step)
             for dtype, index in groups.items()
-        }
+        ]
         optimizer._iterations.assign_add(1)
-        return self._observation(groups, parts, gradient_moments) if observe else None
+        if not observe:
+            return None
+        cube, joint, correction = parts[0]
+        if len(parts) > 1:
+            place = [i for index in groups.values() for i in index]
+            order = sorted(range(len(place)), key=place.__getitem__)
+            cube, joint = (tf.gather(tf.concat(pieces, 0), order) for pieces in list(zip(*parts, strict=True))[:2])
+        divides = adaptive.kind(optimizer) is not None
+        subjects = (record.GRADIENT, record.UPDATE, record.WEIGHT, *self.rule.slots)
+        return Observation(subjects, cube, joint, step[1], correction if divides else None)
 
-    def _apply_group(self, dtype, index, gradients, scale, rate, observe, gradient_moments):
-        """One op for the weights of one dtype."""
+    def _apply_group(self, dtype, index, gradients, scale, rate, observe, measured, step):
+        """One op for the weights of one dtype: [N, S, 6], [N, J] and the correction."""
         optimizer, rule = self.optimizer, self.rule
         weights = [self.variables[i] for i in index]
         missing = tf.zeros([0], dtype)
         present = [gradients[i] for i in index]
+        if len(index) < len(self.variables):
+            scale = None if scale is None else tf.gather(scale, index)
+            measured = None if measured is None else tf.gather(measured, index)
         factors = []
-        if scale is not None:
-            picked = scale if len(index) == len(self.variables) else tf.gather(scale, index)
-            factors.append(("multiply", tf.cast(picked, dtype)))
         if optimizer.loss_scale_factor is not None:
             factors.append(("divide", tf.constant(optimizer.loss_scale_factor, dtype)))
-        factors += self._clip(present, factors, dtype)
+        own = clip.own(optimizer)
+        if own is not None:
+            scaled = [] if scale is None else [("multiply", tf.cast(tf.cast(scale, tf.float32), dtype))]
+            factors += self._clip(present, scaled + factors, dtype)
         graph = not tf.executing_eagerly()
         decay = [DECAY_NONE if g is None else self._decay(v, graph) for g, v in zip(present, weights, strict=True)]
         learning_rate = ops.cast(rate, dtype)
@@ -357,6 +382,9 @@ class Fused:
             scalars += [rate_of_decay * learning_rate, rate_of_decay, learning_rate]
         at = [optimizer._get_variable_index(v) for v in weights]
         slots = [getattr(optimizer, attribute)[i] for attribute in rule.slots.values() for i in at]
+        iterations, rate64, every = step
+        names = list(rule.slots)
+        divides, second = adaptive.kind(optimizer) or ("", None)
         return native.update(
             rule=rule.name,
             weights=[_raw(v).handle for v in weights],
@@ -368,8 +396,24 @@ class Fused:
             decay=decay,
             graph=graph,
             observe=observe,
-            gradient_moments=gradient_moments,
+            measured=measured,
+            scale=scale,
+            iterations=iterations,
+            learning_rate=rate64,
+            constants=self._constants(own),
+            every=every,
+            own_clip="" if own is None else own.native,
+            divides=divides,
+            momentum=names.index("momentum") if "momentum" in names else -1,
+            second=names.index(second) if second in names else -1,
         )
+
+    def _constants(self, own) -> tf.Tensor:
+        """The optimizer's numbers as its float32 ops take them, in float64."""
+        o = self.optimizer
+        numbers = [getattr(o, name, 0.0) for name in ("beta_1", "beta_2", "epsilon")]
+        numbers += [o.weight_decay or 0.0, 1.0 if o.loss_scale_factor is None else o.loss_scale_factor]
+        return tf.constant([*map(np.float32, numbers), 0.0 if own is None else own.threshold], tf.float64)
 
     def _decay(self, variable, graph: bool) -> int:
         """How the weight decays: Grappler multiplies the two rates first, unless the weight is a scalar too."""
@@ -398,24 +442,6 @@ class Fused:
         if optimizer.clipvalue and optimizer.clipvalue > 0:
             return [("clip", tf.constant(optimizer.clipvalue, dtype))]
         return []
-
-    def _observation(self, groups, parts, gradient_moments) -> Observation:
-        def rows(pick) -> tf.Tensor:
-            pieces = [pick(part) for part in parts.values()]
-            if len(pieces) == 1:
-                return pieces[0]
-            place = [i for index in groups.values() for i in index]
-            order = sorted(range(len(place)), key=place.__getitem__)
-            return tf.gather(tf.concat(pieces, 0), order)
-
-        names = list(self.rule.slots)
-        return Observation(
-            gradient=rows(lambda part: part.gradient) if gradient_moments else None,
-            update=rows(lambda part: part.update),
-            weight=rows(lambda part: part.weight),
-            slots={name: rows(lambda part, k=k: part.slot[k]) for k, name in enumerate(names)},
-            joint=rows(lambda part: part.joint),
-        )
 
 
 def _prepared(gradients, factors) -> list:

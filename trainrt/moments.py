@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from trainrt import native
+from trainrt import clip, native
 from trainrt.record import DEVICE_MOMENTS
 
 NATIVE_DTYPES = (tf.float32, tf.float64, tf.bfloat16, tf.float16)
@@ -42,31 +42,82 @@ def measure(tensors: Sequence[tf.Tensor | None], kernels: bool = False) -> tf.Te
     return _spread(rows, kept, len(tensors))
 
 
-def measure_update(
-    before: Sequence[tf.Tensor],
-    after: Sequence[tf.Tensor],
-    gradients: Sequence[tf.Tensor | None],
-    kernels: bool = False,
+def measure_and_clip(
+    gradients: Sequence[tf.Tensor | None], how: clip.Clip, kernels: bool, loss_scale: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Moments of `after - before`, and what it has to do with the gradient.
+    """The moments of gradients with a loss scale divided out, [P, 6], and the clip's scales, [P]; both float64."""
+    known = [g for g in gradients if g is not None and g.dtype in NATIVE_DTYPES]
+    plain = loss_scale is None and len(known) == len(gradients) > 0
+    if kernels and plain and isinstance(how, clip.Known) and type(how) in clip.KNOWN:
+        return native.measure_and_clip(known, how.native, how.threshold)
+    measured = unscale(measure(gradients, kernels), loss_scale)
+    return measured, tf.ensure_shape(tf.cast(how(measured), tf.float64), [len(gradients)])
+
+
+def unscale(measured: tf.Tensor, scale: tf.Tensor | None) -> tf.Tensor:
+    """Moments of `tensor / scale` from those of `tensor`."""
+    if scale is None:
+        return measured
+    s = tf.cast(scale, tf.float64)
+    return measured / tf.stack([1.0, s, s * s, s, 1.0, 1.0])
+
+
+def measure_update(
+    before: Sequence[tf.Tensor], after: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor | None]
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Moments of `after - before`, and what it has to do with the gradient, in TensorFlow's own ops.
 
     Returns:
       [P, 6] float64 moments of the update, and [P, 2] float64: the inner product of gradient and update, and the number
       of elements whose gradient is not zero and that did not change all the same. NaN where there is no gradient.
     """
-    kept = [i for i, t in enumerate(after) if t.dtype.is_floating]
-    tensors = [t for i in kept for t in (before[i], after[i], gradients[i]) if t is not None]
-    if kernels and kept and all(t.dtype in NATIVE_DTYPES for t in tensors):
-        picked = ([part[i] for i in kept] for part in (before, after, gradients))
-        update, joint = native.measure_update(*picked)
-        return _spread(update, kept, len(after)), _spread(joint, kept, len(after))
-    updates = {i: after[i] - before[i] for i in kept}
+    updates = {i: after[i] - before[i] for i, t in enumerate(after) if t.dtype.is_floating}
     paired = {i: tf.cast(g, after[i].dtype) for i, g in enumerate(gradients) if g is not None and i in updates}
     joint = _unmeasured(len(after), 2)
     if paired:
         rows = _Rows.of(list(paired.values())).with_update(_Rows.of([updates[i] for i in paired]))
         joint = _spread(rows, list(paired), len(after))
     return measure([updates.get(i) for i in range(len(after))]), joint
+
+
+def measure_adaptive(
+    gradients: Sequence[tf.Tensor | None],
+    momentums: Sequence[tf.Tensor | None],
+    seconds: Sequence[tf.Tensor | None],
+    divisors: tf.Tensor,
+) -> tf.Tensor:
+    """What gradients share with the slots of their weights, in TensorFlow's own ops.
+
+    Args:
+      gradients, momentums, seconds: P tensors each, of static shape; None where there is none.
+      divisors: [P, 3] float64: inside, outside and floor, with which an optimizer divides by
+        sqrt(second + inside) + outside.
+
+    Returns:
+      [P, 5] float64: the inner product of gradient and momentum, the sum of (gradient / divisor)^2, the sum of
+      1 / divisor, the smallest second moment, and the number of second moments under the floor. NaN where one of those
+      that it takes is missing.
+    """
+    floating = [
+        [t if t is not None and t.dtype.is_floating else None for t in row] for row in (gradients, momentums, seconds)
+    ]
+    gradients, momentums, seconds = floating
+    count = len(gradients)
+    columns = [_unmeasured(count, 1), *[_unmeasured(count, 1)] * 4]
+    pairs = [i for i in range(count) if gradients[i] is not None and momentums[i] is not None]
+    if pairs:
+        g, m = (_Rows.of([row[i] for i in pairs]) for row in (gradients, momentums))
+        columns[0] = _spread(g.with_slot(m), pairs, count)
+    divided = [i for i in range(count) if seconds[i] is not None]
+    if divided:
+        v = _Rows.of([seconds[i] for i in divided])
+        rows = v.divisors(tf.gather(divisors, divided))
+        columns[2:] = [_spread(rows, divided, count)]
+    both = [i for i in divided if gradients[i] is not None]
+    if both:
+        g, v = (_Rows.of([row[i] for i in both]) for row in (gradients, seconds))
+        columns[1] = _spread(g.over(v, tf.gather(divisors, both)), both, count)
+    return tf.concat(columns, 1)
 
 
 def _unmeasured(count: int, columns: int) -> tf.Tensor:
@@ -151,3 +202,34 @@ class _Rows:
         product = tf.cast(self.rows, tf.float64) * tf.cast(update.rows, tf.float64)
         rounded = tf.logical_and(tf.not_equal(self.rows, 0), tf.equal(update.rows, 0))
         return self._fold([tf.reduce_sum(product, axis=1), tf.reduce_sum(tf.cast(rounded, tf.float32), axis=1)])
+
+    def with_slot(self, slot: _Rows) -> tf.Tensor:
+        """[P, 1]: the inner product of these gradients and a slot."""
+        product = tf.cast(self.rows, tf.float64) * tf.cast(slot.rows, tf.float64)
+        return self._fold([tf.reduce_sum(product, axis=1)])
+
+    def _inverse(self, divisors: tf.Tensor) -> tf.Tensor:
+        """[R, ROW]: one over what an optimizer divides by, these rows being second moments."""
+        inside, outside = (tf.cast(tf.gather(divisors[:, i], self.owner), self.rows.dtype)[:, None] for i in (0, 1))
+        return 1 / (tf.sqrt(self.rows + inside) + outside)
+
+    def over(self, seconds: _Rows, divisors: tf.Tensor) -> tf.Tensor:
+        """[P, 1]: the sum of the squares of these gradients, each over its divisor. Padding has gradient zero."""
+        inverse = tf.where(tf.equal(self.rows, 0), tf.zeros_like(self.rows), self.rows * seconds._inverse(divisors))
+        return self._fold([tf.reduce_sum(tf.square(tf.cast(inverse, tf.float64)), axis=1)])
+
+    def divisors(self, divisors: tf.Tensor) -> tf.Tensor:
+        """[P, 3] of second moments: sum of one over the divisors, the smallest, how many are under the floor."""
+        filled = self.sizes[self.owner] - ROW * (np.arange(len(self.owner)) - np.searchsorted(self.owner, self.owner))
+        real = tf.range(ROW, dtype=tf.float32) < tf.constant(filled[:, None], tf.float32)
+        inverse = tf.where(real, self._inverse(divisors), tf.zeros_like(self.rows))
+        floor = tf.cast(tf.gather(divisors[:, 2], self.owner), self.rows.dtype)[:, None]
+        under = tf.logical_and(real, self.rows < floor)
+        top = tf.constant(np.inf, self.rows.dtype)
+        lowest = tf.reduce_min(tf.where(tf.logical_and(real, self.rows < top), self.rows, top), axis=1)
+        lowest = tf.math.unsorted_segment_min(tf.cast(lowest, tf.float64), self.owner, len(self.sizes))
+        lowest = tf.where(self.sizes > 0, lowest, tf.constant(np.inf, tf.float64))
+        sums = self._fold(
+            [tf.reduce_sum(tf.cast(inverse, tf.float64), axis=1), tf.reduce_sum(tf.cast(under, tf.float32), axis=1)]
+        )
+        return tf.stack([sums[:, 0], lowest, sums[:, 1]], axis=1)

@@ -211,36 +211,94 @@ def measure(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     """
     if not tensors:
         return tf.zeros([0, len(record.DEVICE_MOMENTS)], tf.float64)
-    return _ops().trainrt_measure(tensors=list(tensors))
+    return measure_and_clip(tensors, "", 0.0)[0]
 
 
 @tf.autograph.experimental.do_not_convert
-def measure_update(
-    before: Sequence[tf.Tensor], after: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor | None]
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Measures what an optimizer did, in one op and without storing the differences.
+def measure_and_clip(tensors: Sequence[tf.Tensor], clip: str, threshold: float) -> tuple[tf.Tensor, tf.Tensor]:
+    """The moments of gradients, at least one, and the scale of each that a clip of `trainrt.clip` asks for.
 
     Args:
-      before: P weights before the step, of any float dtype and shape.
-      after: The same weights after it.
-      gradients: P gradients, of any float dtype. None, or a tensor without elements, where there is none.
+      tensors: As for `measure`.
+      clip: "global_norm", "weight_norm" or "largest_magnitude".
+      threshold: Its threshold.
 
     Returns:
-      Moments of the update, after - before rounded to the weight's dtype: [P, 6] float64; and [P, 2] float64: the sum
-      of gradient * update, and the number of elements whose gradient is not zero and whose update is; NaN without a
-      gradient.
+      [P, 6] and [P] float64.
     """
-    if not after:
-        return tf.zeros([0, len(record.DEVICE_MOMENTS)], tf.float64), tf.zeros([0, 2], tf.float64)
-    known = [tf.zeros([0]) if g is None else g for g in gradients]
-    return tuple(_ops().trainrt_measure_update(before=list(before), after=list(after), gradients=known))
+    threshold = tf.constant(threshold, tf.float64)
+    return tuple(_ops().trainrt_measure(tensors=list(tensors), threshold=threshold, clip=clip))
 
 
 @tf.autograph.experimental.do_not_convert
-def update(**arguments: Any) -> Any:
+def observe(
+    before: Sequence[tf.Tensor],
+    after: Sequence[tf.Tensor],
+    gradients: Sequence[tf.Tensor | None],
+    slots: Sequence[Sequence[tf.Tensor | None]] = (),
+    *,
+    measured: tf.Tensor | None = None,
+    scale: tf.Tensor | None = None,
+    table: tf.Tensor | None = None,
+    loss_scale: tf.Tensor | None = None,
+    iterations: tf.Tensor | None = None,
+    skipped: tf.Tensor | None = None,
+    momentum: Sequence[int] | None = None,
+    second: Sequence[int] | None = None,
+    every: int = 1,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Measures what an optimizer did, in one op that reads each tensor once and does not store the differences.
+
+    Args:
+      before, after: P weights before and after the step, at least one, of any float dtype and shape.
+      gradients: P gradients, of any float dtype; None where there is none.
+      slots: For each slot P tensors of any float dtype and shape, or None.
+      measured: [P, 6] float64 moments of the gradients where they are known; they are measured here if None.
+      scale: [P] float64 of the clip; None for no clip.
+      table: [P, 6] float64 of `adaptive.Table`; None if nothing is divided and nothing decays.
+      loss_scale: [] float64 that is in the gradients and not in `measured`.
+      iterations: [] int64 before the step, which says whether the slots are held against the gradient in it.
+      skipped: [] bool, whether the optimizer left the step out.
+      momentum, second: For each weight which of `slots` is its momentum and its second moment, of the gradient's dtype
+        and size; -1 for none.
+      every: How many steps there are to one observed.
+
+    Returns:
+      [P, 3 + slots, 6] float64 moments of gradient, update (after - before, rounded to the weight's dtype), weight and
+      slots, NaN where there is none; and [P, J] float64, columns as in `record.JOINT`.
+    """
+    none = [-1] * len(after)
+    return tuple(
+        _ops().trainrt_observe(
+            before=list(before),
+            after=list(after),
+            gradients=[tf.zeros([0]) if g is None else g for g in gradients],
+            slots=[tf.zeros([0]) if s is None else s for row in slots for s in row],
+            measured=_or_empty(measured, [0, len(record.DEVICE_MOMENTS)]),
+            scale=_or_empty(scale, [0]),
+            table=tf.constant([[0.0, 0, 0, float("nan"), float("nan"), 0]] * len(after), tf.float64)
+            if table is None
+            else table,
+            loss_scale=tf.constant(1.0, tf.float64) if loss_scale is None else loss_scale,
+            iterations=tf.constant(0, tf.int64) if iterations is None else iterations,
+            skipped=tf.constant(False) if skipped is None else skipped,
+            momentum=none if momentum is None else list(momentum),
+            second=none if second is None else list(second),
+            every=every,
+        )
+    )
+
+
+@tf.autograph.experimental.do_not_convert
+def update(*, measured: tf.Tensor | None, scale: tf.Tensor | None, **arguments: Any) -> Any:
     """The op `TrainrtUpdate`, as `fused.py` calls it; `kernels/bind.cc` says what it takes."""
-    slots = arguments["slots"]
-    return _ops().trainrt_update(K=len(slots) // len(arguments["weights"]), **arguments)
+    return _ops().trainrt_update(
+        measured=_or_empty(measured, [0, len(record.DEVICE_MOMENTS)]), scale=_or_empty(scale, [0]), **arguments
+    )
+
+
+def _or_empty(tensor: tf.Tensor | None, shape: list[int]) -> tf.Tensor:
+    return tf.zeros(shape, tf.float64) if tensor is None else tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,7 +121,7 @@ class Guard:
         cube = np.ones([len(roster.parameters), len(roster.subjects), len(DEVICE_MOMENTS)], bool)
         cube[:, roster.subjects.index(GRADIENT)] = False
         joint = np.zeros([len(roster.parameters), len(JOINT)], bool)
-        joint[:, [JOINT.index("gradient_update"), JOINT.index("rounded")]] = True
+        joint[:, JOINT.index("gradient_update") :] = True
         void = np.concatenate([cube.reshape(-1), joint.reshape(-1), np.zeros(len(roster.scalars), bool)])
         hidden = tf.logical_and(observer.taken_back, void)
         return tf.where(hidden, tf.constant(float("nan"), tf.float64), vector)

@@ -6,7 +6,7 @@ only the stored resolution falls as a run grows.
 
 Legend of shapes, used all over the package:
   P  parameters (trainable weights)     S  subjects (gradient, update, weight and each optimizer slot)
-  M  moments                            J  joint sums of a weight
+  M  moments                            J  joint sums (and two extremes) of a weight
   T  windows of one or more steps       K  scalars
 """
 
@@ -30,10 +30,51 @@ of the steps in the window."""
 
 DEVICE_MOMENTS = MOMENTS[:6]
 
-JOINT = ("steps", "scale", "clipped", "gradient_update", "rounded")
-"""Sums over the steps of a window that involve more than one tensor of a weight: steps in which the weight was updated;
-the sum of the clip's scales; steps in which the scale was under 1; the inner product of gradient and update; elements
-whose gradient was not zero and that did not change all the same."""
+JOINT_SUMS = (
+    "steps",
+    "scale",
+    "clipped",
+    "skipped",
+    "gradient_update",
+    "rounded",
+    "decay",
+    "slot_steps",
+    "gradient_momentum",
+    "momentum_norms",
+    "normalized_gradient",
+    "under_epsilon",
+    "rates",
+)
+"""Sums over the steps of a window that involve more than one tensor of a weight.
+
+  steps                how often an optimizer was asked to update the weight
+  scale, clipped       the clip's scales; steps in which the scale was not 1
+  skipped              steps that the optimizer left out since a gradient under loss scaling was not finite
+  gradient_update      the inner product of gradient and update
+  rounded              elements whose gradient was not zero and that did not change all the same
+  decay                squared norm of what weight decay alone took off: (learning rate * weight decay * weight)^2
+  slot_steps           steps in which the gradient was held against the slots, for what follows: `SLOTS_EVERY`
+  gradient_momentum    the inner product of gradient and the slot "momentum" after the step
+  momentum_norms       the product of their norms
+  normalized_gradient  (gradient after the clip / divisor)^2 over the elements, the second moment freed of its bias
+  under_epsilon        elements whose second moment counts for less than the optimizer's epsilon
+  rates                each element's own learning rate, bias correction included
+
+The last three, and the extremes, are of optimizers that divide by the root of a second moment: `trainrt/adaptive.py`.
+`decay` takes the weight after the step for the one before it: off by about twice the update ratio.
+
+NaN: not measured."""
+
+SLOTS_EVERY = 8
+"""Roots and quotients cost as much as all other statistics together. So the native kernels hold the gradient against
+the slots in the first 8 steps that are observed, and then in every 8th, by the optimizer's own count of its steps; all
+else is of every step. Without the kernels this too is of every step."""
+
+JOINT_EXTREMES = ("largest_rate", "smallest_rate")
+"""Of the windows' `rates`, the largest and the smallest of any element in any step."""
+
+JOINT = JOINT_SUMS + JOINT_EXTREMES
+"""Columns of a record's `joint`."""
 
 SCALAR = ("mean", "min", "max")
 """Columns of a scalar over a window of steps. The mean is NaN when a step of the window was."""
@@ -304,7 +345,7 @@ class Record:
             np.stack([steps[:, 0, 0], steps[:, -1, 1]], axis=1),
             self.wall_time[every - 1 :: every],
             {subject: Moments(grouped(cube)).merge(1).array for subject, cube in self.moments.items()},
-            np.where(np.isnan(joint).all(1), np.nan, np.nansum(joint, axis=1)),
+            merge_joint(joint),
             np.stack([mean, low, high], axis=-1),
         )
 
@@ -332,6 +373,14 @@ class Record:
             np.zeros((0, p, len(JOINT))),
             np.zeros((0, k, len(SCALAR))),
         )
+
+
+def merge_joint(joint: np.ndarray) -> np.ndarray:
+    """[T, N, P, J] -> [T, P, J]: each N windows as one. What was not measured in some is that of the others."""
+    merged = np.where(np.isnan(joint).all(1), np.nan, np.nansum(joint, axis=1))
+    for name, reduce in zip(JOINT_EXTREMES, (np.fmax, np.fmin), strict=True):
+        merged[..., JOINT.index(name)] = reduce.reduce(joint[..., JOINT.index(name)], axis=1)
+    return merged
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from trainrt import events, statistics
-from trainrt.record import JOINT, MOMENTS, SCALAR, Document, Epoch, Moments, Parameter, Record, Roster
+from trainrt.record import JOINT, JOINT_EXTREMES, MOMENTS, SCALAR, Document, Epoch, Moments, Parameter, Record, Roster
 
 if TYPE_CHECKING:
     import pandas
@@ -613,7 +613,7 @@ def _join_moments(part: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _join_sums(part: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
-    """[T, P, J] -> [T, groups, J]: steps are the most of any weight, scales and clipped steps means over weights."""
+    """[T, P, J] -> [T, groups, J]: steps are the most of any weight, scales, clipped and skipped ones their means."""
     if not groups:
         return part[:, :0]
     starts = np.cumsum([0, *map(len, groups[:-1])])
@@ -622,8 +622,12 @@ def _join_sums(part: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
     joined = np.add.reduceat(np.where(measured, part, 0.0), starts, axis=1)
     steps = JOINT.index("steps")
     most = np.fmax.reduceat(part[..., steps], starts, axis=1)
+    slot_steps = JOINT.index("slot_steps")
+    joined[..., slot_steps] = np.fmax.reduceat(part[..., slot_steps], starts, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        for name in ("scale", "clipped"):
+        for name in ("scale", "clipped", "skipped"):
             joined[..., JOINT.index(name)] *= most / joined[..., steps]
     joined[..., steps] = most
+    for name, reduce in zip(JOINT_EXTREMES, (np.fmax, np.fmin), strict=True):
+        joined[..., JOINT.index(name)] = reduce.reduceat(part[..., JOINT.index(name)], starts, axis=1)
     return np.where(np.logical_or.reduceat(measured, starts, axis=1), joined, np.nan)

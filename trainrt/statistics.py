@@ -3,7 +3,7 @@
 The names of a function's arguments say what it needs, all over the windows of a run:
 
   gradient, update, weight, or a slot such as `velocity`     `Moments` of shape [T, P]
-  steps, scale, clipped, gradient_update, rounded            joint sums, [T, P]
+  steps, scale, rounded, or another name in `record.JOINT`   joint sums, [T, P]
   learning_rate, loss, or any other scalar                   its means over the windows, [T, 1]
 
 It returns [T, P], float64. NaN: not measured, or undefined, such as the mean of no element. As nothing is computed
@@ -350,6 +350,148 @@ def gradient_update_cosine(gradient_update: np.ndarray, gradient: Moments, updat
     array([-1.])
     """
     return gradient_update / (np.sqrt(gradient.sumsq) * np.sqrt(update.sumsq))
+
+
+@statistic(unit="1")
+def gradient_momentum_cosine(gradient_momentum: np.ndarray, momentum_norms: np.ndarray) -> np.ndarray:
+    """Cosine between the gradient, before any clip, and the slot "momentum" after the step.
+
+    Adam's momentum is an average of gradients: near 1 they agree from step to step, near 0 they are noise, below 0 the
+    gradient has turned. SGD's is the next displacement, downhill, and its signs are the other way round. NaN where
+    either is zero, or the optimizer has no momentum. Over several steps, and by layer: their mean, weighted by the
+    norms. Of every 8th step (`record.SLOTS_EVERY`).
+
+    >>> gradient_momentum_cosine(np.array([1.0]), np.array([2.0]))
+    array([0.5])
+    """
+    return gradient_momentum / momentum_norms
+
+
+def _slot_elements(slot_steps: np.ndarray, steps: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Elements seen in the steps in which the gradient was held against the slots."""
+    return slot_steps * (count / steps)
+
+
+@statistic(unit="1")
+def normalized_gradient_rms(
+    normalized_gradient: np.ndarray, gradient: Moments, slot_steps: np.ndarray, steps: np.ndarray
+) -> np.ndarray:
+    """Root mean square of the gradient, after the clip, over the root of its second moment, epsilon included.
+
+    Near 1 while the second moment knows how large gradients are; above about 2.3 it has fallen behind them, which
+    foretells a spike of the loss (Wortsman et al., "Stable and low-precision training for large-scale vision-language
+    models", 2023: there with max(second moment, epsilon^2), which differs where epsilon outweighs). A clip by the value
+    counts as one by the norm. NaN where the optimizer divides by no second moment that it keeps, as plain SGD. Of every
+    8th step (`record.SLOTS_EVERY`).
+
+    >>> one, four = np.ones(1), Moments.of(np.full(4, 0.5))[None]
+    >>> normalized_gradient_rms(np.array([16.0]), four, one, one)
+    array([2.])
+    """
+    return np.sqrt(normalized_gradient / _slot_elements(slot_steps, steps, gradient.count))
+
+
+@statistic(unit="1")
+def epsilon_share(under_epsilon: np.ndarray, weight: Moments, slot_steps: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Share of the elements in whose divisor the optimizer's epsilon outweighs the second moment.
+
+    The root of the second moment is under epsilon there (Adam, Nadam), or the moment itself (RMSprop and Adagrad, which
+    take the root of the sum). Such elements move by their gradient's size and no longer by its sign. NaN without a
+    second moment. Of every 8th step (`record.SLOTS_EVERY`).
+
+    >>> epsilon_share(np.array([1.0]), Moments.of(np.ones(4))[None], np.ones(1), np.ones(1))
+    array([0.25])
+    """
+    return under_epsilon / _slot_elements(slot_steps, steps, weight.count)
+
+
+@statistic(unit="update/gradient")
+def element_rate(rates: np.ndarray, weight: Moments, slot_steps: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Mean over the elements of each one's own learning rate, bias correction included.
+
+    An element moves by this times its momentum (or gradient): learning rate / (root of the second moment + epsilon).
+    NaN without a second moment. Of every 8th step (`record.SLOTS_EVERY`).
+
+    >>> element_rate(np.array([0.4]), Moments.of(np.ones(4))[None], np.ones(1), np.ones(1))
+    array([0.1])
+    """
+    return rates / _slot_elements(slot_steps, steps, weight.count)
+
+
+@statistic(unit="update/gradient")
+def element_rate_max(largest_rate: np.ndarray) -> np.ndarray:
+    """The largest learning rate of any one element, in any step of the window: of the smallest second moment.
+
+    Of every 8th step (`record.SLOTS_EVERY`).
+
+    >>> element_rate_max(np.array([0.4]))
+    array([0.4])
+    """
+    return largest_rate
+
+
+@statistic(unit="update/gradient")
+def element_rate_min(smallest_rate: np.ndarray) -> np.ndarray:
+    """The smallest learning rate of any one element, in any step of the window: of the largest second moment.
+
+    Of every 8th step (`record.SLOTS_EVERY`).
+
+    >>> element_rate_min(np.array([0.1]))
+    array([0.1])
+    """
+    return smallest_rate
+
+
+@statistic(unit="weight")
+def decay_norm(decay: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """L2 norm of what weight decay alone took off: learning rate * weight decay * the weight.
+
+    The weight is the one after the step, in place of the one before it: off by no more than the update's norm over the
+    weight's. The update holds it besides what the optimizer did. Over several steps: root of the mean squared norm. 0
+    for a weight that does not decay; NaN where the optimizer decays in a way of its own (Muon) or accumulates
+    gradients. A regularizer is no decay: it is part of the gradient.
+
+    >>> decay_norm(np.array([[0.18]]), np.array([[2.0]]))
+    array([[0.3]])
+    """
+    return np.sqrt(decay / steps)
+
+
+@statistic(unit="1")
+def decay_ratio(decay: np.ndarray, update: Moments) -> np.ndarray:
+    """Norm of what weight decay alone took off over the norm of the whole update.
+
+    Near 1 the weight only shrinks. Above 1 decay and the optimizer's step cancel. NaN where nothing moves.
+
+    >>> decay_ratio(np.array([0.04]), Moments.of(np.array([0.4]))[None])
+    array([0.5])
+    """
+    return np.sqrt(decay) / np.sqrt(update.sumsq)
+
+
+@statistic(unit="1")
+def skipped_share(skipped: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Share of the steps that a `LossScaleOptimizer` left out since a scaled gradient was not finite.
+
+    A few are how it finds its scale. 0 for an optimizer that never skips.
+
+    >>> skipped_share(np.array([[1.0]]), np.array([[4.0]]))
+    array([[0.25]])
+    """
+    return skipped / steps
+
+
+@statistic(unit="time constants")
+def second_moment_age(bias_correction: np.ndarray, weight: Moments) -> np.ndarray:
+    """How long an optimizer has averaged its second moment, in time constants of that average: about t (1 - beta_2).
+
+    Under 1 bias correction carries the step and a single gradient weighs much; after 3 the average holds 95 % of what
+    it will. Of the model's first optimizer; NaN where its second moment needs no correction.
+
+    >>> second_moment_age(np.array([[1 - 0.999**1000]]), Moments.of(np.ones(4))[None, None]).round(3)
+    array([[1.001]])
+    """
+    return np.where(np.isnan(weight.count), np.nan, -np.log1p(-bias_correction))
 
 
 @statistic(unit="loss/step")

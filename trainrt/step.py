@@ -106,7 +106,7 @@ class Step:
 
         def replica_step(data):
             watching = measuring or self.guard is not None
-            observer = Observer(self._optimizers, self._clip, watching, self._kernels, self._sum_duplicates)
+            observer = Observer(self._optimizers, self._clip, watching, self._kernels, self._sum_duplicates, self._each)
             collector = Collector(model, self._optimizers, self._stages) if digesting else None
             with observer.watch(model), collector.watch(data) if collector else contextlib.nullcontext():
                 logs = self.guard.step(observer, data) if self.guard else model.train_step(data)
@@ -128,7 +128,7 @@ class Step:
 
         @tf.autograph.experimental.do_not_convert
         def one_step_together(data):
-            observer = replicas.Replicas(self._optimizers, self._clip, measuring, self._kernels, max(self.every, 1))
+            observer = replicas.Replicas(self._optimizers, self._clip, measuring, self._kernels, False, self._each)
             logs, vector = observer.run(model, data)
             return logs, self._noted(observer, vector)
 
@@ -177,6 +177,11 @@ class Step:
         graphs = [function.graph.as_graph_def() for function in self._traced]
         nodes = {node.op for graph in graphs for node in graph.node}
         return nodes | {node.op for graph in graphs for f in graph.library.function for node in f.node_def}
+
+    @property
+    def _each(self) -> int:
+        """How many steps there are to one observed."""
+        return max(self.every, 1)
 
     @property
     def _clocked(self) -> bool:

@@ -9,7 +9,18 @@ import numpy as np
 
 from trainrt.record import GRADIENT, JOINT, MOMENTS, SCALAR, UPDATE, WEIGHT, Parameter, Record, Roster
 
-JOINT_VALUES = ("clip_scale", "clip_share", "rounded_share", "gradient_update_cosine")
+JOINT_VALUES = (
+    "clip_scale",
+    "clip_share",
+    "skipped_share",
+    "rounded_share",
+    "gradient_update_cosine",
+    "gradient_momentum_cosine",
+    "decay_ratio",
+    "normalized_gradient_rms",
+    "epsilon_share",
+    "element_rate",
+)
 TENSOR_VALUES = ("norm", "rms", "mean", "absmax", "zero_share", "nonfinite_share", "nonfinite")
 
 
@@ -17,7 +28,8 @@ def names(slots: Sequence[str] = ()) -> list[str]:
     """The names of the values that `build` takes."""
     subjects = (GRADIENT, UPDATE, WEIGHT, *slots)
     tensors = [f"{subject}_{value}" for subject in subjects for value in TENSOR_VALUES]
-    return ["loss", "learning_rate", "update_ratio", *JOINT_VALUES, *tensors]
+    joint = [name for name in JOINT_VALUES if name != "gradient_momentum_cosine" or "momentum" in slots]
+    return ["loss", "learning_rate", "update_ratio", *joint, *tensors]
 
 
 def build(
@@ -62,8 +74,20 @@ def build(
     clipped = given.get("clip_share", (scale < 1).astype(float))
     product = given.get("gradient_update_cosine", -np.ones(shape)) * _norm(moments[GRADIENT]) * _norm(moments[UPDATE])
     rounded = given.get("rounded_share", np.zeros(shape)) * sizes
+    rate = given.get("element_rate", np.broadcast_to(_rates(scalars, values, steps), shape))
+    products = _norm(moments[GRADIENT]) * (_norm(moments["momentum"]) if "momentum" in moments else np.zeros(shape))
     joint = {
         "steps": np.ones(shape),
+        "skipped": given.get("skipped_share", np.zeros(shape)),
+        "decay": (given.get("decay_ratio", np.zeros(shape)) * _norm(moments[UPDATE])) ** 2,
+        "slot_steps": np.ones(shape),
+        "gradient_momentum": given.get("gradient_momentum_cosine", np.ones(shape)) * products,
+        "momentum_norms": products,
+        "normalized_gradient": given.get("normalized_gradient_rms", np.ones(shape)) ** 2 * sizes,
+        "under_epsilon": given.get("epsilon_share", np.zeros(shape)) * sizes,
+        "rates": rate * sizes,
+        "largest_rate": rate,
+        "smallest_rate": rate,
         "scale": scale,
         "clipped": clipped,
         "gradient_update": product,
@@ -82,6 +106,12 @@ def build(
         np.repeat(table[:, :, None], len(SCALAR), axis=2),
     )
     return Roster(weights, subjects, tuple(rows)), record
+
+
+def _rates(scalars: Mapping[str, Any], values: Mapping[str, Any], steps: int) -> np.ndarray:
+    """[T, 1] the learning rate: what each element's own is unless told."""
+    rate = values.get("learning_rate", scalars.get("learning_rate", 1e-3))
+    return np.broadcast_to(np.asarray(rate, np.float64), steps)[:, None]
 
 
 def _moments(subject: str, given: Mapping[str, np.ndarray], sizes: np.ndarray, shape, norm) -> np.ndarray:

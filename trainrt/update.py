@@ -12,29 +12,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from trainrt import clip, doors, fused, moments, phases, taps
+from trainrt import clip, doors, fused, generic, moments, phases, taps
 from trainrt.clip import Clip
-from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, UPDATE, WEIGHT, Parameter, Roster, unique
+from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, JOINT_EXTREMES, UPDATE, WEIGHT, Parameter, Roster, unique
 
 LOSS_SCALARS = ("loss", "data_loss", "added_loss", "regularization_loss")
 NAN = float("nan")
 
 
-@dataclasses.dataclass
-class _Apply:
-    """One call of `optimizer.apply`: tensors by weight, in the order of `keys`."""
+class _Apply(NamedTuple):
+    """One call of `optimizer.apply`: rows by weight, in the order of `keys`."""
 
     optimizer: keras.optimizers.Optimizer
     keys: list[int]
-    subjects: dict[str, tf.Tensor]
-    joint: tf.Tensor
-    learning_rate: tf.Tensor
+    seen: fused.Observation
     loss_scale: tf.Tensor | None
 
 
@@ -47,6 +44,7 @@ class Observer:
       measuring: Whether to measure. False only clips and updates.
       kernels: Whether the native kernels may be used: they are loaded and XLA does not compile the step.
       sum_duplicates: Whether the rows of a sparse gradient are added up before the optimizer sees them.
+      every: How many steps there are to one observed.
 
     Attributes:
       unseen: Why nothing was seen; None if something was.
@@ -61,12 +59,14 @@ class Observer:
         measuring: bool,
         kernels: bool,
         sum_duplicates: bool = False,
+        every: int = 1,
     ):
         self._optimizers = optimizers
         self._clip = clips
         self._measuring = measuring
         self._kernels = kernels
         self._sum_duplicates = sum_duplicates
+        self._every = every
         self._applies: list[_Apply] = []
         self._parameters: dict[int, Parameter] = {}
         self._losses: dict[str, tf.Tensor] = {}
@@ -129,60 +129,37 @@ class Observer:
             way = "TensorFlow folds the learning rate of SGD into a gradient"
         self.paths[optimizer.name] = way if isinstance(way, str) else "fused"
         loss_scale = _loss_scale(optimizer)
-        learning_rate = _learning_rate(optimizer) if self._measuring else None
-        dense = measured = self._scale = scale = None
+        measured = self._scale = scale = None
+        dense: list = []
         if self._clip is not None or (self._measuring and isinstance(way, str)):
             dense = [_dense(g, v) for g, v in zip(gradients, variables, strict=True)]
-            with tf.name_scope(phases.STATISTICS):
-                measured = _unscale(moments.measure(dense, kernels), loss_scale)
         if self._clip is not None:
             with tf.name_scope(phases.CLIP):
-                scale = tf.ensure_shape(tf.cast(self._clip(measured), tf.float64), [len(variables)])
+                measured, scale = moments.measure_and_clip(dense, self._clip, kernels, loss_scale)
             self._scale = scale
 
         if isinstance(way, str):
             if scale is not None:
                 with tf.name_scope(phases.CLIP):
                     gradients = scaled(gradients, scale)
-            before = [_value(v) for v in variables] if self._measuring else ()
-            result = apply(gradients, variables if given else None)
             if not self._measuring:
-                return result
+                return apply(gradients, variables if given else None)
             with tf.name_scope(phases.STATISTICS):
-                seen = _measured_after(optimizer, variables, before, dense, kernels)
+                before = generic.Before(optimizer, variables, dense, measured, kernels, loss_scale, self._every)
+            result = apply(gradients, variables if given else None)
+            with tf.name_scope(phases.STATISTICS):
+                seen = before.observe(scale, _own_clip(optimizer))
         else:
-            factor = None if scale is None else tf.cast(scale, tf.float32)
-            with tf.name_scope(phases.UPDATE):
-                seen = way.apply(gradients, factor, observe=self._measuring, gradient_moments=measured is None)
             result = None
+            with tf.name_scope(phases.UPDATE):
+                seen = way.apply(gradients, scale, self._measuring, measured, self._every)
             if seen is None:
                 return result
-            if measured is None:
-                measured = _unscale(seen.gradient, loss_scale)
-        with tf.name_scope(phases.STATISTICS):
-            self._note(optimizer, variables, measured, seen, scale, learning_rate, loss_scale)
-        return result
-
-    def _note(self, optimizer, variables, measured, seen, scale, learning_rate, loss_scale) -> None:
-        """Keeps what one call of `apply` did."""
-        subjects = {GRADIENT: measured, UPDATE: seen.update, WEIGHT: seen.weight, **seen.slots}
         keys = [doors.variable_key(v) for v in variables]
         for key, variable in zip(keys, variables, strict=True):
             self._parameters.setdefault(key, _parameter(variable))
-        joint = seen.joint
-        if loss_scale is not None:
-            joint = joint / tf.stack([tf.cast(loss_scale, tf.float64), 1.0])
-        ones = tf.ones([len(variables)], tf.float64)
-        scale = _own_clip(optimizer, measured) if scale is None else scale
-        columns = {
-            "steps": ones,
-            "scale": ones if scale is None else scale,
-            "clipped": tf.zeros_like(ones) if scale is None else tf.cast(tf.not_equal(scale, 1.0), tf.float64),
-            "gradient_update": joint[:, 0],
-            "rounded": joint[:, 1],
-        }
-        joint = tf.stack([columns[name] for name in JOINT], axis=1)
-        self._applies.append(_Apply(optimizer, keys, subjects, joint, learning_rate, loss_scale))
+        self._applies.append(_Apply(optimizer, keys, seen, loss_scale))
+        return result
 
     def roster(self) -> Roster:
         """The names along the axes of the vectors of this step."""
@@ -190,7 +167,7 @@ class Observer:
         paths = unique(p.path for p in parameters)
         subjects = dict.fromkeys((GRADIENT, UPDATE, WEIGHT))
         for call in self._applies:
-            subjects.update(dict.fromkeys(call.subjects))
+            subjects.update(dict.fromkeys(call.seen.subjects))
         return Roster(
             tuple(dataclasses.replace(p, path=path) for p, path in zip(parameters, paths, strict=True)),
             tuple(subjects),
@@ -203,9 +180,11 @@ class Observer:
         optimizers = list({id(call.optimizer): call for call in self._applies}.values())
         for name, call in zip(unique(call.optimizer.name for call in optimizers), optimizers, strict=True):
             suffix = "" if call is optimizers[0] else f"/{name}"
-            values[f"learning_rate{suffix}"] = call.learning_rate
+            values[f"learning_rate{suffix}"] = call.seen.learning_rate
             if call.loss_scale is not None:
                 values[f"loss_scale{suffix}"] = call.loss_scale
+            if call.seen.correction is not None:
+                values[f"bias_correction{suffix}"] = call.seen.correction
         return values
 
     def pack(self, logs: dict[str, tf.Tensor]) -> tf.Tensor:
@@ -225,16 +204,18 @@ class Observer:
     def _packed(self, logs) -> tf.Tensor:
         roster = self.roster()
         order = {key: i for i, key in enumerate(self._parameters)}
-        cubes = [
-            _combine([_placed(call, call.subjects.get(subject), order) for call in self._applies])
-            for subject in roster.subjects
-        ]
-        joint = _added([_placed(call, call.joint, order) for call in self._applies])
+        whole = self._applies[0].seen
+        if len(self._applies) == 1 and len(self._applies[0].keys) == len(order) and whole.subjects == roster.subjects:
+            cube, joint = whole.cube, whole.joint
+        else:
+            calls = self._applies
+            cubes = [_combine([_placed(call, _rows(call, s), order) for call in calls]) for s in roster.subjects]
+            cube, joint = tf.stack(cubes, axis=1), _added([_placed(call, call.seen.joint, order) for call in calls])
         scalars = self._scalars()
         if scalars["loss"] is None:
             scalars["loss"] = logs.get("loss") if isinstance(logs, dict) else None
         vector = [
-            tf.reshape(tf.stack(cubes, axis=1), [-1]),
+            tf.reshape(cube, [-1]),
             tf.reshape(joint, [-1]),
             tf.stack([_scalar(value) for value in scalars.values()]),
         ]
@@ -246,7 +227,7 @@ class Observer:
 
     def moments(self) -> list[tuple[keras.optimizers.Optimizer, dict[str, tf.Tensor]]]:
         """Of each call of `apply`: the optimizer, and subject -> [P, 6] moments."""
-        return [(call.optimizer, call.subjects) for call in self._applies]
+        return [(call.optimizer, {s: call.seen.moments(s) for s in call.seen.subjects}) for call in self._applies]
 
     def loss(self, logs: Any) -> tf.Tensor | None:
         """The loss of the step, as `pack` tells it."""
@@ -259,7 +240,7 @@ class Observer:
         here = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         if not self._applies:
             self.unseen = "the step hands no gradients to an optimizer that is an attribute of the model"
-        elif here is not None and any(call.joint.graph is not here for call in self._applies):
+        elif here is not None and any(call.seen.joint.graph is not here for call in self._applies):
             self.unseen = "`optimizer.apply` is called inside a `tf.cond`, `tf.while_loop` or `tf.function` of the step"
         if here is not None:
             self._losses = {k: v for k, v in self._losses.items() if getattr(v, "graph", here) is here}
@@ -277,47 +258,20 @@ def unpack(vectors: np.ndarray, roster: Roster) -> tuple[np.ndarray, np.ndarray,
     )
 
 
-def _measured_after(optimizer, variables, before, gradients, kernels: bool) -> fused.Observation:
-    """What the optimizer's own `apply` did: the generic path, right for any optimizer."""
-    after = [_value(v) for v in variables]
-    slots = doors.slots(optimizer, variables)
-    rest = moments.measure([*after, *(_value(slot) for row in slots.values() for slot in row)], kernels)
-    update, joint = moments.measure_update(before, after, gradients, kernels)
-    count = len(variables)
-    rows = {name: rest[i * count : (i + 1) * count] for i, name in enumerate(slots, start=1)}
-    return fused.Observation(None, update, rest[:count], rows, joint)
-
-
-def _own_clip(optimizer, measured: tf.Tensor) -> tf.Tensor | None:
-    """[P] the factor by which the optimizer's own clip scales each gradient; None without one.
-
-    `clipvalue` cuts single elements, which is no scale; it is 1 unless the largest magnitude is cut, and then the share
-    of that which is left.
-    """
+def _own_clip(optimizer) -> Clip | None:
+    """What the one optimizer that updates the weights does to gradients itself; None if it does nothing."""
     parts = list(doors.parts(optimizer))
-    if len(parts) != 1 or parts[0].gradient_accumulation_steps:
-        return None
-    own = parts[0]
-    if own.clipnorm:
-        return clip.WeightNorm(own.clipnorm)(measured)
-    if own.global_clipnorm:
-        return clip.GlobalNorm(own.global_clipnorm)(measured)
-    if own.clipvalue:
-        return clip.LargestMagnitude(own.clipvalue)(measured)
-    return None
+    return None if len(parts) != 1 or parts[0].gradient_accumulation_steps else clip.own(parts[0])
+
+
+def _rows(call: _Apply, subject: str) -> tf.Tensor | None:
+    return call.seen.moments(subject) if subject in call.seen.subjects else None
 
 
 def _parameter(variable) -> Parameter:
     path = getattr(variable, "path", None) or variable.name.split(":")[0]
     dtype = keras.backend.standardize_dtype(variable.dtype)
     return Parameter(path, path.rpartition("/")[0] or path, tuple(variable.shape), dtype)
-
-
-def _value(variable) -> tf.Tensor | None:
-    """The value now: a read of its own, so that a later assignment cannot change it."""
-    if variable is None:
-        return None
-    return tf.identity(variable.value if isinstance(variable, keras.Variable) else variable)
 
 
 def _summed(gradient, variable):
@@ -355,23 +309,6 @@ def _loss_scale(optimizer) -> tf.Tensor | None:
     return None if factor is None else tf.constant(factor, tf.float32)
 
 
-def _unscale(measured: tf.Tensor, scale: tf.Tensor | None) -> tf.Tensor:
-    """Moments of `tensor / scale` from those of `tensor`."""
-    if scale is None:
-        return measured
-    s = tf.cast(scale, tf.float64)
-    return measured / tf.stack([1.0, s, s * s, s, 1.0, 1.0])
-
-
-def _learning_rate(optimizer) -> tf.Tensor:
-    """The rate of the coming update; that of the first one where several optimizers share the weights."""
-    parts = getattr(optimizer, "optimizers", None)
-    if parts:
-        optimizer = parts[0]
-    rate = optimizer.learning_rate
-    return tf.cast(tf.identity(rate.value if isinstance(rate, keras.Variable) else rate), tf.float64)
-
-
 def _scalar(value) -> tf.Tensor:
     if value is None:
         return tf.constant(NAN, tf.float64)
@@ -404,7 +341,11 @@ def _combine(parts: list[tf.Tensor | None]) -> tf.Tensor:
 
 
 def _added(parts: list[tf.Tensor]) -> tf.Tensor:
+    """Joint sums of several calls of one step."""
+    largest, smallest = (np.array([column == name for column in JOINT]) for name in JOINT_EXTREMES)
     result = parts[0]
     for part in parts[1:]:
-        result = tf.where(tf.math.is_nan(part), result, tf.where(tf.math.is_nan(result), part, result + part))
+        both = tf.where(largest, tf.maximum(result, part), result + part)
+        both = tf.where(smallest, tf.minimum(result, part), both)
+        result = tf.where(tf.math.is_nan(part), result, tf.where(tf.math.is_nan(result), part, both))
     return result
