@@ -100,7 +100,7 @@ def test_a_step_with_something_nonfinite_keeps_a_window_of_its_own():
 @pytest.mark.parametrize("every", [2, 7])
 def test_every_nth_step_is_the_nth_of_the_run_whatever_the_chunks(every):
     for chunk in (1, 5, 64):
-        got = record(vectors(100), chunk, every=every).record
+        got = record(vectors(100), chunk, every=every, budget=1 << 30).record
         assert got.steps[:, 0].tolist() == list(range(0, 100, every))
 
 
