@@ -12,12 +12,14 @@ from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
-from trainrt.findings.series import falls_late, loss_trend, percentile, scalar
+from trainrt.findings.series import falls_late, loss_trend, pace, percentile, scalar
 from trainrt.record import WEIGHT
 from trainrt.run import Run
 
 POOR = 0.6
 NOTHING = 0.15
+SMALL_STEP = 5e-4
+"""Of a kernel's size: half of the usual 1e-3, under plain gradient descent, whose steps shrink with the gradient."""
 SMALL = 4
 """Units with which a hidden layer bends a task four times at most."""
 RELATIVE = ("mean_absolute_percentage_error", "mape")
@@ -308,6 +310,9 @@ def stagnation(run: Run) -> Iterator[Finding]:
     causes: tuple[str, ...] = (
         ("lr_too_high", "labels_wrong", "wrong_loss") if moves else ("labels_wrong", "lr_too_high", "capacity")
     )
+    ratio, _ = pace(run)
+    if ratio < SMALL_STEP and program.optimizer(run).get("class") == "SGD":
+        causes = ("lr_too_low", "labels_wrong", "capacity")
     if not math.isfinite(ended.data_loss):
         causes = ("unstable_loss", "lr_too_high")
     what = f"skill {ended.skill:.2f}" if math.isfinite(ended.skill) else "a loss that is not finite"

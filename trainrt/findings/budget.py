@@ -11,8 +11,7 @@ from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
-from trainrt.findings.series import falls_late, kernel_ratio, kernels, loss_trend, middle, percentile, scalar
-from trainrt.record import UPDATE, WEIGHT
+from trainrt.findings.series import falls_late, loss_trend, pace, percentile, scalar
 from trainrt.run import Run
 
 FEW = 100
@@ -20,6 +19,8 @@ FEW = 100
 POOR = 0.7
 SLOW = 0.3
 """Skill under which a loss that still falls is far from done."""
+SMALL_STEP = 5e-4
+"""Of a kernel's size, under plain gradient descent, whose steps shrink with the gradient."""
 LARGE_STEP = 5e-3
 
 
@@ -46,17 +47,17 @@ def unfinished(run: Run) -> Iterator[Finding]:
         return
     updates = int(run.steps[-1, 1] - run.steps[0, 0] + 1)
     ended = outcome(run)
-    few = updates < FEW and len(run.epochs) >= 2 and ended.poor(POOR) and falls(run)
+    few = updates < FEW and ended.poor(POOR if len(run.epochs) > 1 else SLOW) and falls(run)
     # A run of any length whose end is not the end of its learning.
     short = run.end is not None and ended.poor(2 * SLOW if ended.kind == "classes" else SLOW) and falls_late(run)
     if not few and not short:
         return
-    ratio, path = _pace(run)
+    ratio, path = pace(run)
     train = program.side(run)
     batches = train.get("batches") or 0
     rate = percentile(scalar(run, "learning_rate"), 50)
     whole = batches == 1
-    few_first = whole or ratio >= LARGE_STEP
+    few_first = whole or ratio >= LARGE_STEP or len(run.epochs) == 1
     causes: tuple[str, ...] = ("too_few_updates", "batch_size_too_large", "lr_too_low")
     if not few_first:
         causes = ("lr_too_low", "too_few_updates")
@@ -87,7 +88,8 @@ def crawling(run: Run) -> Iterator[Finding]:
     """A loss that falls, steadily, and would need many times the run.
 
     Means:   the loss falls at the end as fast as before, the model is still worse than a constant prediction or little
-             better, and at this pace it would take the run's length twice over to get to a constant's loss.
+             better, and at this pace it would take the run's length twice over to get to a constant's loss, or to half
+             of it, where the steps of plain gradient descent are under 5e-4 of the kernels.
     Matters: nothing holds the model back but the length of its steps.
     Try:     ten times the learning rate; targets of unit size, if they are far from it.
     Source:  own judgement; the pace is a difference of medians over fifths of the run, beyond their noise.
@@ -109,13 +111,17 @@ def crawling(run: Run) -> Iterator[Finding]:
         return
     noise = loss_trend(run).noise / math.sqrt(max(len(loss) / 5, 1))
     early, late = level[0] - level[2], level[2] - level[4]
-    target = ended.constant if math.isfinite(ended.constant) else level[0] / 2
+    # A start is about as good as a constant: from there on half of it is the aim.
+    constant = ended.constant if math.isfinite(ended.constant) else level[0]
+    ratio, _ = pace(run)
+    if level[4] <= 1.2 * constant and not (ratio < SMALL_STEP and program.optimizer(run).get("class") == "SGD"):
+        return
+    target = constant if level[4] > 1.2 * constant else constant / 2
     left = level[4] - target
     # Still at half of its early pace or more, and far from done.
     if not (late > 4 * noise and late > 0.4 * early and left > 4 * late):
         return
     rate = percentile(scalar(run, "learning_rate"), 50)
-    ratio, _ = _pace(run)
     yield about(
         run,
         "crawling",
@@ -141,14 +147,3 @@ def falls(run: Run) -> bool:
     half = len(loss) // 2
     before, after = percentile(loss[:half], 50), percentile(loss[half:], 50)
     return bool(before - after > 2 * loss_trend(run).noise / math.sqrt(max(half, 1)) and after < before)
-
-
-def _pace(run: Run) -> tuple[float, float]:
-    """Median update ratio of kernels, and how far all updates went, end to end."""
-    update, weight = run.moments(UPDATE), run.moments(WEIGHT)
-    matrices = np.flatnonzero(kernels(run, weight))
-    if not len(matrices):
-        return math.nan, math.nan
-    typical = middle(kernel_ratio(update[:, matrices], weight[:, matrices]))
-    width = run.steps[:, 1] - run.steps[:, 0] + 1
-    return percentile(typical, 50, width.astype(float)), float(np.nansum(typical * width))

@@ -144,7 +144,10 @@ def _too_low(run: Run, ratio: np.ndarray, seen: np.ndarray, trend: Trend) -> Fin
     depth = _depth_ratio(run, ratio, weights)
     vanishing = depth < VANISHING
     evidence["gradient_first_over_last"] = depth
-    causes = ("lr_schedule", "lr_too_low") if decayed else ("lr_too_low", "vanishing_gradient")
+    rates = scalar(run, "learning_rate")
+    # A warm-up that goes on to the end was counted in other steps than these.
+    rising = len(rates) > 10 and rates[-1] > 2 * rates[0] and rates[-1] > 1.05 * rates[len(rates) * 3 // 4]
+    causes = ("lr_schedule", "lr_too_low") if decayed or rising else ("lr_too_low", "vanishing_gradient")
     if vanishing:
         causes = ("vanishing_gradient", *(cause for cause in causes if cause != "vanishing_gradient"))
     at = f"The learning rate of {rate:.3g}" if np.isfinite(rate) else "The learning rate"

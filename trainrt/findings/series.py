@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from trainrt.record import Moments
+from trainrt.record import UPDATE, WEIGHT, Moments
 from trainrt.run import Run
 
 
@@ -115,6 +115,17 @@ def _loss_trend(run: Run) -> Trend:
     tail = slice(-max(1, len(loss) // 5), None)
     last = percentile(loss[tail], 50, width[tail])
     return Trend(known[0], last, known.min(), known.max(), float(finite[0]), float(np.nan_to_num(noise)))
+
+
+def pace(run: Run) -> tuple[float, float]:
+    """Median update ratio of kernels, and how far all updates went, end to end."""
+    update, weight = run.moments(UPDATE), run.moments(WEIGHT)
+    matrices = np.flatnonzero(kernels(run, weight))
+    if not len(matrices):
+        return float("nan"), float("nan")
+    typical = middle(kernel_ratio(update[:, matrices], weight[:, matrices]))
+    width = run.steps[:, 1] - run.steps[:, 0] + 1
+    return percentile(typical, 50, width.astype(float)), float(np.nansum(typical * width))
 
 
 def falls_late(run: Run) -> bool:
