@@ -27,6 +27,12 @@ from trainrt.update import Observer
 CHUNK_BYTES = 32 << 20
 """Most bytes of statistics that wait on the device for the end of a chunk."""
 
+CLOCK = True
+"""Whether the loop notes when a batch was there and when a step was done; False only to measure what that costs."""
+
+CLOCKED_S = 4e-4
+"""Shortest step that is clocked one by one where no batch is waited for: the clock takes some 1.5 microseconds."""
+
 
 class Outcome(NamedTuple):
     """What a call of `Step.run` did.
@@ -186,7 +192,7 @@ class Step:
     @property
     def _clocked(self) -> bool:
         """Whether the loop takes the time of each step: TensorFlow's clock raises when its ops are deterministic."""
-        return bool(self.every) and not modes.is_enabled()
+        return bool(self.every) and CLOCK and not modes.is_enabled()
 
     def graph(self, element_spec) -> tf.Graph | None:
         """The graph of one step on such a batch, as it was traced; None under `run_eagerly`."""
@@ -274,7 +280,7 @@ class Step:
             logs, row = tf.cond(more, lambda: train(_without_optionals(batch.get_value())), lambda: keep)
             return more, ready, logs, row
 
-        ran, logs, rows, clock = self._loop(iterator.element_spec, one, first, steps)
+        ran, logs, rows, clock = self._loop(iterator.element_spec, one, first, steps, waits=True)
         if self._several and isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy):
             logs = replicas.mean_of_workers(self._strategy, logs)
         return ran, logs, rows, clock
@@ -294,22 +300,25 @@ class Step:
         """One step on a batch of resident arrays."""
         return step(resident.gather(arrays, order, batch, batch_size, element_spec))
 
-    def _loop(self, element_spec, one, first, steps):
+    def _loop(self, element_spec, one, first, steps, waits=False):
         """Steps until there are `steps` of them or the data ends -> (how many, last logs, [steps, D] vectors, clock).
 
         Args:
           one: (steps so far, train, keep) -> (whether there was a batch, when, logs, row): `train(batch)`, or `keep`.
+          waits: Whether it may have to wait for a batch.
         """
         spec = _without_optionals(element_spec)
         step = self._observed if self.every else self._plain
         step = self._digested if self._digest_every == 1 else step
         keeping = self.every or self._digest_every
         logs_spec = step.get_concrete_function(spec).structured_outputs[0]
+        # What the loop gathers is never waited for; then a step that two timestamps would slow down goes without.
+        clocked = self._clocked and (waits or _seconds(step.get_concrete_function(spec)) > CLOCKED_S)
         step, observed, plain = self._callable(step), self._callable(self._observed), self._callable(self._plain)
         rows = tf.TensorArray(tf.float64, size=steps if keeping else 0, element_shape=[self._row])
 
         def stamps():
-            return tf.TensorArray(tf.float64, size=steps if self._clocked else 0, element_shape=[])
+            return tf.TensorArray(tf.float64, size=steps if clocked else 0, element_shape=[])
 
         def due(every, ran):
             return tf.equal((first + tf.cast(ran, tf.int64)) % every, 0)
@@ -329,7 +338,7 @@ class Step:
             more, ready, logs, row = one(ran, lambda data: train(data, ran), keep)
             if keeping:
                 rows = rows.write(ran, row)
-            if self._clocked:
+            if clocked:
                 clock = (
                     clock[0] if ready is None else clock[0].write(ran, ready),
                     clock[1].write(ran, _now_after(row)),
@@ -358,7 +367,7 @@ class Step:
                 (tf.TensorShape(None), tf.TensorShape(None)),
             ),
         )
-        return ran, logs, rows.stack(), tuple(each.stack() for each in clock) if self._clocked else None
+        return ran, logs, rows.stack(), tuple(each.stack() for each in clock) if clocked else None
 
     def _callable(self, step):
         """What the loop calls: the compiled step, or its Python function where there are collectives in it.
@@ -382,7 +391,7 @@ class Step:
             clocks.append(clock)
         if not rows:
             return Outcome(0, None, None)
-        stamps = [np.concatenate(each) for each in zip(*clocks, strict=True)] if self.every else None
+        stamps = [np.concatenate(each) for each in zip(*clocks, strict=True)] if clocks[0] is not None else None
         return self._outcome(len(rows), logs, tf.concat(rows, 0), stamps)
 
     def _run_singly(self, iterator, first: int, steps: int, marked: bool) -> Outcome:
@@ -425,6 +434,17 @@ class Step:
 def _function(python_function, **options):
     """A `tf.function` that counts its own traces only: TensorFlow counts by code object, and warns of a fifth one."""
     return tf.function(functools.partial(python_function), reduce_retracing=True, **options)
+
+
+def _seconds(function) -> float:
+    """About what a step takes at least: half a microsecond an op, and a third of a nanosecond an element it makes."""
+    total = 0.0
+    for op in function.graph.get_operations():
+        total += 5e-7
+        for output in op.outputs:
+            if output.shape.rank is not None and output.dtype != tf.resource:
+                total += 3e-10 * float(np.prod([32 if size is None else size for size in output.shape]))
+    return total
 
 
 def _now_after(tensor) -> tf.Tensor:
