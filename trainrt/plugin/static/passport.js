@@ -26,7 +26,7 @@ function table(pairs) {
 
 function badge(environment) {
   const proof = environment.determinism?.certificate || environment.certificate;
-  if (proof) return ['good', `Determinism: ${text(proof.result ?? proof)}`];
+  if (proof) return [proof.identical === false ? 'error' : 'good', `Determinism: ${text(proof.result ?? proof)}`];
   const on = environment.determinism?.enforced ?? environment.fit?.deterministic;
   return on ? ['good', 'Deterministic mode was on; not proven'] : ['unasked', 'Determinism was not asked for'];
 }
