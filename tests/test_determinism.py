@@ -41,9 +41,10 @@ def run_script(text, *arguments, **variables):
     return result.stdout
 
 
-def test_all_is_switched_on_and_what_changed_is_told(digits, fast_again):
+def test_all_is_switched_on_and_what_changed_is_told(digits, fast_again, capsys):
     keras.utils.set_random_seed(1)
-    history = trainrt.fit(model_of(), *digits, deterministic=True, seed=3, verbose=0)
+    history = trainrt.fit(model_of(), *digits, deterministic=True, seed=3, verbose=2)
+    printed = capsys.readouterr().out
     assert modes.is_enabled()
     assert os.environ["NCCL_ALGO"] == "Ring"
     told = history.run.environment["determinism"]
@@ -51,6 +52,7 @@ def test_all_is_switched_on_and_what_changed_is_told(digits, fast_again):
     assert told["seed"] == 3
     assert any("op determinism" in change for change in told["changes"])
     assert any("seeded with 3" in change for change in told["changes"])
+    assert all(f"trainrt: {change}." in printed for change in told["changes"])
 
 
 def test_a_seed_seeds_every_generator(fast_again):

@@ -130,6 +130,8 @@ def fit(
         checkpoint=checkpoint,
     )
     mode = modes.enter(model, request.deterministic, request.seed)
+    if verbose:
+        print(*(f"trainrt: {change}." for change in mode.changes), sep="\n", end="\n" * bool(mode.changes))
     most = keras.config.max_epochs()
     if most and most < epochs:
         warnings.warn(f"Limiting epochs to {most}", stacklevel=2)
