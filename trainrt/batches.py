@@ -158,6 +158,11 @@ class Batches:
 
     # ----------------------------------------------------------------------------------------------- going back into it
 
+    @property
+    def over_arrays(self) -> bool:
+        """Whether Keras makes the batches, from arrays."""
+        return doors.is_over_arrays(self._adapter)
+
     def check_position(self) -> None:
         """Checks that this source can be gone back into, before it has been read.
 

@@ -133,8 +133,11 @@ class Store:
         found = [(int(m[1]), p.with_suffix("")) for p in self.directory.iterdir() if (m := _FILE.fullmatch(p.name))]
         return sorted(found, reverse=True)
 
-    def newest(self) -> Saved | None:
+    def newest(self, at_most: int | None = None) -> Saved | None:
         """The newest checkpoint that is whole; warns of each newer one that is not. None: there is none at all.
+
+        Args:
+          at_most: Only those of this step or an earlier one, and None where there are none such.
 
         Raises:
           ValueError: There are checkpoints, but none of them is whole; or one is of a newer version.
@@ -142,7 +145,9 @@ class Store:
         found = self._found()
         for _, path in found:
             try:
-                return Saved(path, _read(path))
+                saved = Saved(path, _read(path))
+                if at_most is None or saved.meta["step"] <= at_most:
+                    return saved
             except _NewerVersion:
                 raise
             except Exception as error:  # whatever TensorFlow says of damaged files
@@ -150,7 +155,7 @@ class Store:
                     f"trainrt: the checkpoint {path} is damaged, the one before it is used. {_brief(error)}",
                     stacklevel=3,
                 )
-        if found:
+        if found and at_most is None:
             raise ValueError(
                 f"None of the {len(found)} checkpoints in {self.directory} can be read. "
                 "Pass another directory, or remove these files to begin anew."

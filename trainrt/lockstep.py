@@ -8,10 +8,13 @@ for each other for ever: how many steps a call takes and when to stop are settle
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import functools
 import secrets
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
@@ -19,7 +22,10 @@ import numpy as np
 import tensorflow as tf
 
 from trainrt import doors, replicas
+from trainrt.batches import Batches
+from trainrt.checkpoint import Checkpoint
 from trainrt.digest import digest
+from trainrt.resume import Keeper
 
 COMPARE_SHARE = 0.02
 """Most of the training's time that digests may take; the end of an epoch is compared all the same."""
@@ -47,31 +53,63 @@ def seat(strategy: tf.distribute.Strategy) -> Seat:
     return Seat(int(resolver.task_id or 0) + (chiefs if resolver.task_type == "worker" else 0), chiefs + workers)
 
 
-def meet(model: keras.Model, arrays: bool) -> None:
-    """Prepares this process, as one of several workers, before any data are read.
+def meet(model: keras.Model, shuffled: bool, keeping: bool) -> None:
+    """Prepares this process, as one of several replicas' hosts, before any data are read.
 
     Args:
-      arrays: Whether the data are arrays that Keras shuffles: every worker holds all of them and takes its share of
-        each batch, so all have to shuffle alike.
+      shuffled: Whether Keras shuffles arrays: every worker holds all of them and takes its share of each batch, so all
+        have to shuffle alike.
+      keeping: Whether checkpoints are written: a run that goes on from one has to shuffle as the run before did.
 
     Raises:
       ValueError: They would not.
     """
-    if not replicas.several(model.distribute_strategy) or seat(model.distribute_strategy).workers == 1:
+    strategy = model.distribute_strategy
+    if not replicas.several(strategy):
+        return
+    own = doors.global_seed()
+    if shuffled and keeping and own is None:
+        raise ValueError(
+            "A resumed run of several replicas reads the arrays again in the same order, which takes a seed. Received: "
+            "checkpoint=, shuffle=True and none. Call keras.utils.set_random_seed first."
+        )
+    if seat(strategy).workers == 1:
         return
     doors.repair_workers()
-    own = doors.global_seed()
-    mine = [0, secrets.randbits(31)] if own is None else [1, own]
-    seeds = Lockstep(model).exchange(mine)
+    seeds = Lockstep(model).exchange([0, secrets.randbits(31)] if own is None else [1, own])
     if not seeds[:, 0].any():
         tf.random.set_seed(int(seeds[0, 1]))
-    elif arrays and (seeds != seeds[:1]).any():
+    elif shuffled and (seeds != seeds[:1]).any():
         told = ", ".join(str(seed) if given else "none" for given, seed in seeds.tolist())
         raise ValueError(
             "Workers that shuffle arrays have to shuffle alike, or they train on some samples twice and on others "
             f"never. Received: the seeds {told}. Call keras.utils.set_random_seed with the same seed on every worker, "
             "or on none, or pass shuffle=False."
         )
+
+
+def keeper(model: keras.Model, settings: Checkpoint | None, batches: Batches) -> Keeper | None:
+    """What saves the training: each of several workers for itself, below the directory, all at the same steps.
+
+    Raises:
+      ValueError: Workers cannot save at the same steps.
+    """
+    if settings is None:
+        return None
+    if replicas.several(model.distribute_strategy) and settings.source is None and batches.over_arrays:
+        settings = dataclasses.replace(settings, source="skip")  # the iterators of replicas have no state to save
+    place = seat(model.distribute_strategy)
+    if place.workers == 1:
+        return Keeper(settings, model, batches)
+    if isinstance(settings.every, datetime.timedelta):
+        raise ValueError(
+            "Workers save at the same step, and no two clocks agree on one. Received: "
+            f'checkpoint with every={settings.every!r}. Pass every="epoch" or a number of steps.'
+        )
+    own = dataclasses.replace(settings, directory=Path(settings.directory) / f"worker-{place.worker}")
+    kept = Keeper(own, model, batches)
+    kept.agree(Lockstep(model).exchange)
+    return kept
 
 
 class Lockstep:

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainrt import arguments, doors, environment, fused, native, replicas, resume, timing
+from trainrt import arguments, doors, environment, fused, lockstep, native, replicas, resume, timing
 from trainrt.arguments import Request
 from trainrt.audit import Audit
 from trainrt.batches import Batches, Execution
@@ -22,7 +22,7 @@ from trainrt.clip import Clip
 from trainrt.determinism import modes, preflight
 from trainrt.determinism.digests import Digests, Ledger
 from trainrt.journal import Journal, Resumed, floats
-from trainrt.lockstep import Lockstep, meet
+from trainrt.lockstep import Lockstep
 from trainrt.pace import Pace, listens_to_batches
 from trainrt.phases import Scopes
 from trainrt.poison import Guard
@@ -137,7 +137,8 @@ def fit(
         warnings.warn(f"Limiting epochs to {most}", stacklevel=2)
         epochs = most
 
-    meet(model, arrays=shuffle and not isinstance(x, (tf.data.Dataset, tf.distribute.DistributedDataset)))
+    arrays = not isinstance(x, (tf.data.Dataset, tf.distribute.DistributedDataset))
+    lockstep.meet(model, arrays and bool(shuffle), keeping=request.checkpoint is not None)
     doors.set_evaluation_iterator(model, None)
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = doors.split_validation((x, y, sample_weight), validation_split)
@@ -172,7 +173,7 @@ def fit(
         )
     if model.built:
         arguments.check_trainable(model, request)
-    keeper = None if request.checkpoint is None else Keeper(request.checkpoint, model, batches)
+    keeper = lockstep.keeper(model, request.checkpoint, batches)
     training = _Training(model, batches, callbacks, request, given, watched, mode, keeper, epochs)
     clock = training.timing
     saving = keeper or contextlib.nullcontext()

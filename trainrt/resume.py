@@ -14,7 +14,7 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -103,6 +103,18 @@ class Keeper(contextlib.AbstractContextManager):
             self._check_place(self.saved.meta)
 
     # ------------------------------------------------------------------------------------------ coming back
+
+    def agree(self, exchange: Callable[[Sequence[int]], np.ndarray]) -> None:
+        """Settles among workers, each of which has checkpoints of its own, on the newest step that all of them have.
+
+        Args:
+          exchange: Numbers of this worker -> [workers, K] those of all.
+        """
+        while True:
+            steps = exchange([-1 if self.saved is None else self.step])[:, 0]
+            if (steps == steps[0]).all():
+                return
+            self.saved = self._store.newest(at_most=int(steps.min()))
 
     @property
     def run(self) -> str | None:
