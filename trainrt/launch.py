@@ -26,6 +26,7 @@ GRACE_S = 15.0
 
 POLL_S = 0.05
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
+_WRITING = threading.Lock()
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -185,7 +186,7 @@ def _pass_on(source: IO[bytes], target: IO[str], prefix: str) -> None:
     """Copies lines, each behind the worker's number."""
     with source:
         for line in source:
-            with contextlib.suppress(ValueError, OSError):
+            with contextlib.suppress(ValueError, OSError), _WRITING:
                 target.write(prefix + line.decode(errors="replace").rstrip("\r\n") + "\n")
                 target.flush()
 

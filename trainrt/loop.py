@@ -287,8 +287,6 @@ class _Training:
         writes = self._lockstep is None or self._lockstep.seat.worker == 0
         self.signals = Signals(keeper is not None or request.logdir is not None)
         resumed = None
-        if keeper is not None:
-            keeper.writes = writes
         if keeper is not None and (begun := keeper.start()) is not None:
             resumed = Resumed(keeper.run, keeper.step, begun.stopped or begun.epoch >= epochs)
         self.journal = Journal(

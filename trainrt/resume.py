@@ -85,7 +85,6 @@ class Keeper(contextlib.AbstractContextManager):
 
     Attributes:
       saved: The checkpoint to go on from; None: there is none.
-      writes: Whether this process writes; of several workers the first one does.
     """
 
     def __init__(self, settings: Checkpoint, model: keras.Model, batches: Batches):
@@ -93,7 +92,6 @@ class Keeper(contextlib.AbstractContextManager):
         self._model = model
         self._batches = batches
         self._callbacks: keras.callbacks.CallbackList | None = None
-        self.writes = True
         self._store = Store(settings.directory, settings.keep)
         self._step_variables: list[tf.Variable] = []
         self._last_step = -1
@@ -279,8 +277,6 @@ class Keeper(contextlib.AbstractContextManager):
         """
         assert self._callbacks is not None
         self._last_step, self._last_time = step, time.monotonic()
-        if not self.writes:
-            return
         live = self._variables()
         variables = {
             group: [{"name": name, "value": np.array(tf.convert_to_tensor(v))} for name, v in rows]
