@@ -51,7 +51,9 @@ def data(samples=240):
 def classifier(scope, optimizer, *layers, **compiled):
     keras.utils.set_random_seed(1)
     with scope.scope():
-        model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(24, "relu", name="hidden"), *layers])
+        model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(24, "relu", name="hidden")])
+        for layer in layers:
+            model.add(layer())
         model.add(keras.layers.Dense(4, kernel_regularizer="l2"))
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(OPTIMIZERS[optimizer](), loss, metrics=["accuracy"], **compiled)
@@ -106,7 +108,7 @@ class Spoils(keras.callbacks.Callback):
 
 
 def drift(scope):
-    return trained(classifier(scope, "sgd", keras.layers.BatchNormalization(name="norm")), callbacks=[Spoils()])
+    return trained(classifier(scope, "sgd", lambda: keras.layers.BatchNormalization(name="norm")), callbacks=[Spoils()])
 
 
 def listening(scope):
@@ -175,7 +177,7 @@ class Dies(keras.callbacks.Callback):
 
 
 def resuming(scope, directory, dies=""):
-    model = classifier(scope, "adam", keras.layers.Dropout(0.3))
+    model = classifier(scope, "adam", lambda: keras.layers.Dropout(0.3))
     given = {} if directory == "none" else {"checkpoint": trainrt.Checkpoint(directory, every=7)}
     return trained(model, callbacks=[Dies()] if dies else [], clip=1.0, **given)
 

@@ -27,9 +27,10 @@ def _run(devices: int, *cases: str) -> dict[str, dict]:
     return _answers(done.stdout)
 
 
-def _workers(count: int, *cases: str) -> list[dict[str, dict]]:
+def _workers(count: int, *cases: str, restarts: int = 0) -> list[dict[str, dict]]:
     """For each of so many workers: case -> what it printed."""
-    command = [sys.executable, "-m", "trainrt", "launch", "-n", str(count), str(SCRIPT), "1", *cases]
+    options = ["-n", str(count), "--restarts", str(restarts)]
+    command = [sys.executable, "-m", "trainrt", "launch", *options, str(SCRIPT), "1", *cases]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -171,6 +172,17 @@ def test_among_workers_masks_differ_and_a_drift_is_named():
         assert finding["evidence"]["replicas"] == [1]
         assert "worker 1" in finding["message"]
         assert each["listening"]["batches"] == 20
+
+
+@pytest.mark.slow
+def test_workers_of_which_one_was_killed_end_with_the_bits_of_a_run_that_was_not(tmp_path):
+    killed = _workers(2, f"resuming:{tmp_path}:dies", restarts=1)
+    whole = _workers(2, "resuming:none")[0]["resuming:none"]
+    for each in killed:
+        (resumed,) = each.values()
+        assert resumed["steps"][0] == 14, "the last of the checkpoints, one every 7 steps, before step 17"
+        assert resumed["weights"] == whole["weights"]
+        assert resumed["history"] == whole["history"]
 
 
 @pytest.mark.slow
