@@ -68,6 +68,7 @@ DYNAMICS = (
 )
 """Rules about what the steps did: from the first number on that is not finite, they say nothing new."""
 
+MINUTE_S = 60.0
 LIKELY = 0.65
 """Confidence from which on a cause takes the symptoms that it explains, however certain they are."""
 
@@ -120,7 +121,15 @@ def diagnose(run: Run, rules: Iterable[Rule] | None = None) -> list[Finding]:
                 found.extend(each(run))
             except Exception as error:
                 found.append(_broken(each, error, run))
-    return sorted(fold(found), key=_rank)
+    return sorted(fold(_by_length(run, finding) for finding in found), key=_rank)
+
+
+def _by_length(run: Run, finding: Finding) -> Finding:
+    """The finding; of time lost in a run that is over in a minute an info: it may be the doing of another program."""
+    seconds = float(run.wall_time[-1] - run.wall_time[0]) if len(run.steps) else 0.0
+    if finding.severity == "warning" and finding.causes[0] in TIME_CAUSES and seconds < MINUTE_S:
+        return dataclasses.replace(finding, severity="info")
+    return finding
 
 
 def fold(findings: Iterable[Finding]) -> list[Finding]:
