@@ -105,7 +105,7 @@ def trace_lines(trace: Mapping[str, Any]) -> list[str]:
         + ("" if share["idle"] is None else f"; the GPU idle {share['idle']:.0%}")
     ]
     if trace.get("untraced_step_s"):
-        said[0] += f". Untraced, many a call, a step took {duration(trace['untraced_step_s'])}"
+        said[0] += f". Untraced, many a call, a step took at best {duration(trace['untraced_step_s'])}"
     busy = sum(phase_s[name] for name in _DONE)
     if busy:
         parts = ", ".join(f"{name} {duration(phase_s[name])} ({phase_s[name] / busy:.0%})" for name in _DONE)

@@ -7,8 +7,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from trainrt import device_words
 from trainrt.findings import diagnose
 from trainrt.plugin import tables
+from trainrt.record import Document  # noqa: F401 - for the examples
 from trainrt.run import Run
 
 PATIENCE = 20
@@ -131,6 +133,7 @@ def summary(
         "end": run.end,
         "environment": run.environment,
         "data": run.data,
+        "device": _device(run),
         "problems": run.problems,
         "traced": traced,
     }
@@ -138,6 +141,18 @@ def summary(
 
 def _started(run: Run) -> bool:
     return isinstance(run.environment.get("start"), (int, float))
+
+
+def _device(run: Run) -> list[tuple[str, str]]:
+    """Where the time went and how the device did, in words; of a record from elsewhere, which may hold anything, none.
+
+    >>> _device(Run.synthetic(documents=[Document("timing", 9, {"wall_s": "long"})]))
+    []
+    """
+    try:
+        return device_words.lines(run)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return []
 
 
 def _row(parameter) -> dict[str, Any]:

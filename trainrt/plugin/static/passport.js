@@ -43,10 +43,11 @@ export function passport(run) {
   const [level, words] = badge(environment);
   const trace = run.traced
     ? el('a', { href: new URL('#profile', window.parent.location.href).href, target: '_top' }, 'Open the device trace in the Profile tab') : null;
+  const device = run.device?.length ? el('details', { open: true }, el('summary', {}, 'time and device'), table(run.device)) : null;
   return el('section', { 'aria-labelledby': 'passport-title' },
     el('div', { class: 'bar-head' }, el('h2', { id: 'passport-title' }, 'Passport'),
       el('span', { class: `badge ${level}` }, words), trace),
     plain.length || sections.length ? el('div', { class: 'passport' },
-      table(plain), dataPassport(run.data), ...sections.filter(([, r]) => r.length).map(([name, pairs]) => el('details', { open: ['optimizer', 'compile'].includes(name) && pairs.length <= LONG },
+      table(plain), dataPassport(run.data), device, ...sections.filter(([, r]) => r.length).map(([name, pairs]) => el('details', { open: ['optimizer', 'compile'].includes(name) && pairs.length <= LONG },
         el('summary', {}, name), table(pairs)))) : el('p', { class: 'empty' }, 'This record has no passport.'));
 }
