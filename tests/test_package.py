@@ -1,5 +1,6 @@
 """What is installed from a wheel and from a source archive: complete, and it trains."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ def built(tmp_path_factory):
     """{"wheel": path, "sdist": path}, built as pip builds them."""
     out = tmp_path_factory.mktemp("dist")
     code = "import sys, hatchling.build as b; print(b.build_sdist(sys.argv[1])); print(b.build_wheel(sys.argv[1]))"
-    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(out / "venv")], check=True)
+    subprocess.run([sys.executable, "-m", "venv", str(out / "venv")], check=True)
     python = str(out / "venv" / "bin" / "python")
     subprocess.run([python, "-m", "pip", "install", "-q", "hatchling>=1.26,<2"], check=True)
     done = subprocess.run([python, "-c", code, str(out)], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -75,17 +76,18 @@ def test_metadata_names_licence_commands_and_plugin(built):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_what_is_installed_trains_and_finds_its_kernels(built, kind, tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(tmp_path / "venv")], check=True)
-    python = str(tmp_path / "venv" / "bin" / "python")
-    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed", str(built[kind])]
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(built[kind])]
     subprocess.run(install, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
     code = (
         "import keras, trainrt, trainrt.native as n; (x, y), _ = trainrt.digits.load(); "
         "m = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(10)]); "
         "m.compile('adam', keras.losses.SparseCategoricalCrossentropy(from_logits=True)); "
         "h = trainrt.fit(m, x[:64], y[:64], verbose=0); print(trainrt.__file__); print(n.sources()); print(len(h.run))"
     )
-    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     where, kernels, steps = done.stdout.split()
     assert str(tmp_path) in where
     assert kernels == str(Path(where).parent / "_kernels")
