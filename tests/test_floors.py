@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "trainrt"
 
 FLOORS = (
     {"record", "digits", "signals", "phases", "charts", "launch"},
-    {"statistics", "events", "synthetic", "digest", "relation"},
+    {"statistics", "events", "synthetic", "digest", "relation", "windows"},
     {"checkpoint", "run", "doors", "native", "clip", "taps", "resident", "matched", "survey"},
     {"findings", "moments", "adaptive", "audit", "bits", "forward", "device_words", "trace_reading"},
     {"fused", "comparison", "anatomy", "trace"},

@@ -5,6 +5,7 @@ import pytest
 
 from trainrt.record import DEVICE_MOMENTS, JOINT, Moments, Parameter, Record, Roster
 from trainrt.recorder import HOST_SCALARS, Recorder
+from trainrt.windows import AROUND
 
 PARAMETERS = (Parameter("a/kernel", "a", (3, 2), "float32"), Parameter("a/bias", "a", (2,), "float32"))
 ROSTER = Roster(PARAMETERS, ("gradient", "update", "weight"), ("loss", "learning_rate"))
@@ -114,3 +115,45 @@ def test_the_global_norm_is_that_of_all_weights_and_counts_the_clip():
     norm, clipped = got.scalars[:, 2, 0], got.scalars[:, 3, 0]
     np.testing.assert_allclose(norm, np.sqrt(sumsq.sum(1)))
     np.testing.assert_allclose(clipped, np.sqrt(sumsq[:, 0] + 0.25 * sumsq[:, 1]))
+
+
+def leaping(steps: int, at: int, seed=0) -> np.ndarray:
+    """Rows whose loss is noise around 1 but for one step, where it is 5."""
+    rows = vectors(steps)
+    loss = rows.shape[1] - 2
+    rows[:, loss] = np.random.default_rng(seed).normal(1, 0.05, steps)
+    rows[at, loss] = 5
+    return rows
+
+
+@pytest.mark.parametrize("at", [1000, 1023, 1024, 1025, 1999])
+def test_a_spike_and_the_steps_around_it_keep_their_resolution(at):
+    kept = record(leaping(2000, at), 32, budget=1 << 16).record
+    widths = {int(step): int(b - a) + 1 for a, b in kept.steps for step in range(a, b + 1)}
+    assert all(widths[s] == 1 for s in range(at - AROUND, min(at + AROUND, 1999) + 1))
+    assert widths[at - 50] > 1
+    assert widths[min(at + 50, 1999)] > 1 or at > 1900
+
+
+def test_a_new_level_of_the_loss_is_no_spike_for_ever():
+    rows = leaping(6000, 0)
+    rows[3000:, -2] += 50
+    kept = record(rows, 32, budget=1 << 16).record
+    late = kept.steps[kept.steps[:, 0] > 3300]
+    assert (late[:, 1] > late[:, 0]).mean() > 0.9
+
+
+@pytest.mark.parametrize("budget", [1 << 18, 1 << 20])
+def test_spikes_everywhere_leave_the_record_within_its_budget(budget):
+    rows = leaping(60_000, 0)
+    rows[::40, -2] = 5
+    rows[::97, DEVICE_MOMENTS.index("nonfinite")] = 1
+    kept = record(rows, 256, budget=budget).record
+    assert sum(array.nbytes for array in (*kept.moments.values(), kept.joint, kept.scalars)) <= 2 * budget
+    assert covered(kept) == 60_000
+
+
+def covered(kept: Record) -> int:
+    """Steps that are in a window, when none is in two."""
+    assert (kept.steps[1:, 0] == kept.steps[:-1, 1] + 1).all()
+    return int((kept.steps[:, 1] - kept.steps[:, 0] + 1).sum())

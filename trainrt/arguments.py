@@ -17,7 +17,9 @@ from trainrt.clip import Clip
 from trainrt.determinism import modes
 from trainrt.determinism.digests import Digests, asked
 from trainrt.sinks import Sink
+from trainrt.windows import BUDGET_BYTES
 
+LEAST_BUDGET = 1 << 20
 NONFINITE = ("report", "skip", "stop")
 SPIKE = (None, "skip", "stop")
 UNGUARDED = ("report", None)
@@ -40,6 +42,7 @@ class Request:
       trace: Steps to trace, the last one excluded; "auto"; None: none.
       checkpoint: Where and when to save the training, or None.
       on_nonfinite, on_spike: What becomes of a step that would poison the training.
+      record_budget: About how many bytes the record may grow to.
     """
 
     logdir: str | None
@@ -54,6 +57,7 @@ class Request:
     checkpoint: Checkpoint | None = None
     on_nonfinite: str = "report"
     on_spike: str | None = None
+    record_budget: int = BUDGET_BYTES
 
 
 def check(
@@ -71,6 +75,7 @@ def check(
     digests: Any = None,
     sum_duplicates: Any = False,
     checkpoint: Any = None,
+    record_budget: Any = BUDGET_BYTES,
 ) -> Request:
     """Checks the model and the arguments that are not Keras's.
 
@@ -102,6 +107,7 @@ def check(
         checkpoints.resolve(checkpoint),
         on_nonfinite,
         on_spike,
+        _record_budget(record_budget),
     )
     if request.clip is not None:
         _one_clip(model, request.clip)
@@ -196,6 +202,17 @@ def _sum_duplicates(model: keras.Model, value: Any) -> bool:
             "`sum_duplicates=True` is not built for several replicas yet. Until it is: one-hot inputs to a Dense layer."
         )
     return value
+
+
+def _record_budget(budget: Any) -> int:
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise TypeError(f"`record_budget` must be an int, bytes. Received: record_budget={budget!r}.")
+    if budget < LEAST_BUDGET:
+        raise ValueError(
+            f"`record_budget` must be at least {LEAST_BUDGET} bytes (1 MiB). Received: record_budget={budget}. "
+            "For no record at all pass observe=False."
+        )
+    return budget
 
 
 def _deterministic(deterministic: Any) -> None:

@@ -23,12 +23,10 @@ from trainrt.signals import Terminated
 from trainrt.sinks import Sink
 from trainrt.sinks.memory import Memory
 from trainrt.sinks.tensorboard import TensorBoard, run_directory
+from trainrt.windows import BUDGET_BYTES
 
 FIRST_LOOK_S = 2.0
 """Seconds before the record is looked at for the first time: what is over by then is told at the end."""
-
-RECORD_BYTES = 256 << 20
-"""Most bytes of a run's record, of any length."""
 
 
 class Resumed(NamedTuple):
@@ -51,10 +49,10 @@ class Journal(contextlib.AbstractContextManager):
     Args:
       logdir: Directory below which the run gets one of its own; None keeps it in memory.
       sinks: The user's sinks.
-
       audit: What watches the data; the record tells what it saw.
       weights: Returns the digest of the model's weights, for the end of the record.
       resumed: The run that goes on; the record goes on in its directory, if it is below `logdir`. None: a new one.
+      budget_bytes: About how large the record may grow.
 
     Raises:
       OSError: `logdir` cannot be written; said before the first step.
@@ -71,7 +69,9 @@ class Journal(contextlib.AbstractContextManager):
         audit: Audit | None = None,
         weights: Callable[[], str | None] = lambda: None,
         resumed: Resumed | None = None,
+        budget_bytes: int = BUDGET_BYTES,
     ):
+        self._budget_bytes = budget_bytes
         self._logdir = logdir
         self._audit = audit or Audit(enabled=False)
         self._weights = weights
@@ -104,7 +104,7 @@ class Journal(contextlib.AbstractContextManager):
             def environment():
                 return {**passport(), "resumed": {"step": step}}
 
-        self._recorder = Recorder(roster, environment, self._sinks, RECORD_BYTES)
+        self._recorder = Recorder(roster, environment, self._sinks, self._budget_bytes)
 
     def push(
         self, first: int, every: int, vectors: tf.Tensor, begun: float, ended: float, times: np.ndarray | None = None

@@ -36,6 +36,7 @@ from trainrt.step import Step
 from trainrt.telemetry import Telemetry
 from trainrt.trace import Tracing
 from trainrt.trace import step as marked_step
+from trainrt.windows import BUDGET_BYTES
 
 
 def fit(
@@ -68,6 +69,7 @@ def fit(
     on_nonfinite: str = "report",
     on_spike: str | None = None,
     sinks: Sequence[Sink] = (),
+    record_budget: int = BUDGET_BYTES,
     checkpoint: str | os.PathLike | Checkpoint | None = None,
 ) -> keras.callbacks.History:
     """Trains like `model.fit`, bit for bit, and records what every step does in every layer.
@@ -100,6 +102,8 @@ def fit(
       on_spike: "skip" or "stop": the same for a step whose loss or gradient norm is 6 standard deviations above the
         mean of the last 128. None lets it be.
       sinks: More places for the record, see `trainrt.sinks.Sink`.
+      record_budget: About how many bytes the record may grow to, 256 MiB unless told otherwise. Windows of steps widen
+        so that it does not outgrow them; no step is missing in it, and what is abnormal keeps its full resolution.
       checkpoint: A directory, or a `trainrt.Checkpoint`, for the checkpoints of this training. After a death the same
         call goes on where the newest one was taken, and ends with the bits of a run that never stopped.
 
@@ -124,6 +128,7 @@ def fit(
         on_nonfinite=on_nonfinite,
         on_spike=on_spike,
         sinks=sinks,
+        record_budget=record_budget,
         seed=seed,
         digests=digests,
         sum_duplicates=sum_duplicates,
@@ -290,7 +295,12 @@ class _Training:
         if keeper is not None and (begun := keeper.start()) is not None:
             resumed = Resumed(keeper.run, keeper.step, begun.stopped or begun.epoch >= epochs)
         self.journal = Journal(
-            request.logdir if writes else None, request.sinks if writes else (), watched, self._weights, resumed
+            request.logdir if writes else None,
+            request.sinks if writes else (),
+            watched,
+            self._weights,
+            resumed,
+            request.record_budget,
         )
         self.retracing = Retracing(lambda: self.step)
         self.timing = timing.Timing(timing.kind(given["x"]), timing.stages(given["x"]))

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, MOMENTS, Document, Epoch, Moments, Record, Roster
+from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, Document, Epoch, Moments, Record, Roster
 from trainrt.sinks import Sink
 from trainrt.update import unpack
+from trainrt.windows import Windows
 
 HOST_SCALARS = ("gradient_norm", "clipped_gradient_norm", "step_s", "input_wait_s", "between_s")
 """Scalars that the host adds: L2 norm over all weights before and after the clip; seconds a step, those of it that the
@@ -67,7 +68,7 @@ class Recorder:
         self.roster = Roster(roster.parameters, roster.subjects, (*roster.scalars, *HOST_SCALARS))
         self._environment = environment
         self._sinks = list(sinks)
-        self._windows = _Windows(self.roster, budget_bytes)
+        self._windows = Windows(self.roster, budget_bytes)
         self._waiting: list[Record] = []
         self._delivered = time.monotonic()
         self._queue: queue.Queue = queue.Queue(QUEUE_CHUNKS)
@@ -203,63 +204,3 @@ def _global_norms(gradient: np.ndarray, joint: np.ndarray) -> tuple[np.ndarray, 
     norm = np.sqrt(np.nansum(column["sumsq"], axis=1))
     clipped = np.sqrt(np.nansum(column["sumsq"] * scale**2, axis=1))
     return np.where(broken, np.nan, norm), np.where(broken, np.nan, clipped)
-
-
-class _Windows:
-    """Merges steps into windows that widen as the run grows, so that a record of any length stays within a budget.
-
-    The first `per_width` windows hold one step, the next as many hold two, then four, and so on: 24 doublings are more
-    steps than anybody trains. A step with something non-finite keeps a window of its own, for the first `per_width`
-    such.
-    """
-
-    DOUBLINGS = 24
-
-    def __init__(self, roster: Roster, budget_bytes: int):
-        p = len(roster.parameters)
-        size = p * (len(roster.subjects) * len(MOMENTS) * 4 + len(JOINT) * 8) + len(roster.scalars) * 24 + 400
-        self.per_width = int(np.clip(budget_bytes // (self.DOUBLINGS * size), 16, 1024))
-        self._width = 1
-        self._left = self.per_width
-        self._abnormal_left = self.per_width
-        self._pending: Record | None = None
-
-    def add(self, record: Record) -> list[Record]:
-        abnormal = np.flatnonzero(_abnormal(record))[: self._abnormal_left]
-        self._abnormal_left -= len(abnormal)
-        done, start = [], 0
-        for t in abnormal:
-            done += self._widen(record[start:t])
-            done += [*self.rest(), record[t : t + 1]]
-            start = t + 1
-        return done + self._widen(record[start:])
-
-    def rest(self) -> list[Record]:
-        """The window that is not full yet."""
-        pending, self._pending = self._pending, None
-        return [] if pending is None else [pending.merge()]
-
-    def _widen(self, record: Record) -> list[Record]:
-        done = []
-        while len(record):
-            if self._pending is not None:
-                record, self._pending = Record.concatenate([self._pending, record]), None
-            windows = min(len(record) // self._width, self._left)
-            if not windows:
-                self._pending = record
-                break
-            done.append(record[: windows * self._width].merge(self._width))
-            record = record[windows * self._width :]
-            self._left -= windows
-            if not self._left:
-                self._width, self._left = self._width * 2, self.per_width
-        return done
-
-
-def _abnormal(record: Record) -> np.ndarray:
-    """[T] whether anything in the window is not finite."""
-    nonfinite = MOMENTS.index("nonfinite")
-    result = np.zeros(len(record), bool)
-    for cube in record.moments.values():
-        result |= np.nansum(cube[..., nonfinite], axis=1) > 0
-    return result
