@@ -47,6 +47,18 @@ def test_a_shape_that_is_known_at_run_time_only_makes_no_difference():
         assert int(np.uint64(function(array).numpy())) == digest(array)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
+def test_no_tensor_of_int32_is_reduced_or_moved(dtype):
+    """TensorFlow's kernels for these live in host memory: a GPU would copy the whole tensor there."""
+    for shape in ([3, 5], [None, 5]):
+        spec = tf.TensorSpec(shape, dtype)
+        nodes = tf.function(tensor_digest).get_concrete_function(spec).graph.as_graph_def().node
+        moved = [n for n in nodes if n.op in ("Sum", "AddV2", "Mul", "Pad", "Reshape", "Pack", "StridedSlice", "Range")]
+        assert {"Sum", "Mul", "Reshape"} <= {n.op for n in moved}
+        types = {n.op: tf.as_dtype(n.attr["T" if "T" in n.attr else "Tidx"].type) for n in moved if n.op != "Pack"}
+        assert tf.int32 not in types.values(), types
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 32 * 37 - 1))
 def test_any_one_bit_is_seen(bit):
