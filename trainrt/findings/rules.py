@@ -191,7 +191,7 @@ def _absorb(head: Finding, finding: Finding) -> Finding:
         return dataclasses.replace(head, steps=steps, evidence=evidence)
     # The run as a whole, (), already contains every weight.
     where = _union(head.where, finding.where) if head.where and finding.where else ()
-    causes, advice = _union(head.causes, finding.causes), _union(head.advice, finding.advice)
+    causes, advice = _union(head.causes, finding.causes)[:5], _union(head.advice, finding.advice)
     return dataclasses.replace(head, where=where, causes=causes, steps=steps, evidence=evidence, advice=advice)
 
 
