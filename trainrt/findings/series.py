@@ -101,6 +101,8 @@ def loss_trend(run: Run) -> Trend:
 
 def _loss_trend(run: Run) -> Trend:
     loss = scalar(run, "loss")
+    if not len(loss):
+        return Trend(*[float("nan")] * 6)
     width = (run.steps[:, 1] - run.steps[:, 0] + 1).astype(float)
     tenths = [part for part in np.array_split(np.arange(len(loss)), min(10, len(loss))) if len(part)]
     levels = np.array([percentile(loss[part], 50, width[part]) for part in tenths])
