@@ -529,6 +529,13 @@ def test_units_that_die_after_steps_that_were_too_large_are_a_consequence():
     assert [f.causes[0] for f in fold([surer, unlikely])] == ["dying_relu", "lr_too_high"]
 
 
+def test_a_weight_at_rest_is_a_consequence_of_a_cause_that_explains_any_of_its_reasons():
+    rest = finding("dead_update", causes=("wrong_output_activation", "dying_relu"), confidence=0.6)
+    (one,) = fold([rest, finding("output", causes=("missing_softmax",), confidence=0.96)])
+    assert (one.rule, [c["rule"] for c in one.evidence["consequences"]]) == ("output", ["dead_update"])
+    assert len(fold([rest, finding("data", causes=("train_val_overlap",))])) == 2
+
+
 def test_rule_that_raises_becomes_an_info_and_the_others_go_on():
     @rule
     def broken(run):

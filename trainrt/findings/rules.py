@@ -179,7 +179,9 @@ def _explains(head: Finding, finding: Finding) -> bool:
     # A symptom with no cause of its own is what any cause that is known brings about.
     if finding.rule == "stagnation" and head.severity != "info":
         return True
-    return head.causes[0] == finding.causes[0] or finding.causes[0] in EXPLAINS.get(head.causes[0], ())
+    brings = (head.causes[0], *EXPLAINS.get(head.causes[0], ()))
+    # A weight at rest has as many possible reasons as it names: one of them is known.
+    return any(cause in brings for cause in (finding.causes if finding.rule == "dead_update" else finding.causes[:1]))
 
 
 def _absorb(head: Finding, finding: Finding) -> Finding:
