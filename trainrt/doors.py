@@ -459,6 +459,8 @@ def on_one_replica(optimizer, replica: int) -> Iterator[None]:
 class _OneReplica:
     """Stands for the strategy of an optimizer: updates the variable of one replica."""
 
+    num_replicas_in_sync = 1
+
     def __init__(self, replica: int):
         self._replica = replica
 

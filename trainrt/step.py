@@ -89,7 +89,7 @@ class Step:
         self._strategy = model.distribute_strategy
         self._several = replicas.several(self._strategy)
         self._optimizers = doors.optimizers(model)
-        self._kernels = not model.jit_compile and not self._several and native.load() is not None
+        self._kernels = (self._several or not model.jit_compile) and native.load() is not None
         self._width = 0
         self._digest_every = digests.every if digests and not self._several else 0
         self._stages = digests.stages if digests else ()
