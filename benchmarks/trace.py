@@ -129,12 +129,60 @@ def traced(rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in found.items()}
 
 
+def clock_us(rounds: int = 60, steps: int = 300) -> tuple[float, float]:
+    """Processor time that the clock adds to a step, in microseconds: of its end, and of its end and its batch."""
+
+    def compiled(stamps: int):
+        @tf.function
+        def run():
+            def stamped(array, number, after):
+                return array.write(number, step._now_after(after))
+
+            def body(number, x, ready, done):
+                x = tf.sin(x)
+                done = stamped(done, number, x) if stamps else done
+                return number + 1, x, stamped(ready, number, number) if stamps > 1 else ready, done
+
+            def array():
+                return tf.TensorArray(tf.float64, size=steps, element_shape=[])
+
+            _, x, ready, done = tf.while_loop(lambda i, *_: i < steps, body, (0, tf.zeros([4]), array(), array()))
+            return x, ready.stack(), done.stack()
+
+        return run
+
+    loops = [compiled(stamps) for stamps in range(3)]
+    took: list[list[float]] = [[] for _ in loops]
+    for run in loops:
+        run()
+    for _ in range(rounds):
+        for i in random.sample(range(3), 3):
+            begun = time.process_time()
+            for _ in range(5):
+                loops[i]()
+            took[i].append((time.process_time() - begun) / (5 * steps) * 1e6)
+    least = [min(times) for times in took]  # whatever else runs only adds
+    return least[1] - least[0], least[2] - least[0]
+
+
+def telemetry_share(seconds: float = 5.0) -> float:
+    """Share of a core that the telemetry's thread takes while nothing else runs in the process."""
+    with telemetry.Telemetry(lambda *_: None, lambda: 0):
+        time.sleep(0.5)
+        begun, cpu = time.perf_counter(), time.process_time()
+        time.sleep(seconds)
+        return (time.process_time() - cpu) / (time.perf_counter() - begun)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=2.0)
     arguments = parser.parse_args()
     print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} cores; bare = 1")
+    end, both = clock_us()
+    print(f"the clock: {end:.1f} us a step, {both:.1f} where batches are waited for; telemetry: ", end="")
+    print(f"{telemetry_share():.2%} of a core")
     print(f"{'data':10} {'mode':10} {'cpu':>7} {'wall':>7}")
     for name in ("arrays", "tf.data"):
         for mode, (wall, cpu) in always_on(arguments.rounds, arguments.seconds, name == "tf.data").items():
