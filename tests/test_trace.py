@@ -188,6 +188,18 @@ def test_another_profiler_costs_a_line_and_not_the_training(tmp_path):
     assert history.run.steps[-1, 1] == 15
 
 
+def test_steps_run_alike_on_a_worker_whose_profiler_does_not_start(monkeypatch):
+    def broken(*_, **__):
+        raise tf.errors.UnavailableError(None, None, "no permission")
+
+    monkeypatch.setattr(tf.profiler.experimental, "start", broken)
+    tracing = trace.Tracing((4, 6), None, lambda *_: None, Scopes)
+    with pytest.warns(RuntimeWarning, match="no permission"):
+        assert not tracing.begin(4)
+    assert [tracing.singly(step) for step in range(2, 8)] == [False, True, True, True, False, False]
+    assert not tracing.begin(5)
+
+
 def test_an_error_in_the_window_stops_the_profiler(tmp_path):
     class Failing(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):

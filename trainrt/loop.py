@@ -8,6 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -311,9 +312,19 @@ class _Training:
             self.journal.document,
             enabled=bool(request.every) and self._lockstep is None,
         )
-        self.tracing = Tracing(
-            request.trace, self.journal.path, self.journal.document, self._scopes, model.steps_per_execution
-        )
+        asked, path = request.trace, self.journal.path
+        seat = self._lockstep.seat if self._lockstep else None
+        if seat is not None and seat.workers > 1:
+            if asked == "auto":
+                warnings.warn(
+                    "`trace='auto'` traces nothing among several workers: each would choose other steps. Name them: "
+                    "trace=(start, stop).",
+                    stacklevel=3,
+                )
+                asked = None
+            if seat.worker and request.logdir is not None:
+                path = Path(request.logdir) / f"worker-{seat.worker}"  # a trace of its own, in a place of its own
+        self.tracing = Tracing(asked, path, self.journal.document, self._scopes, model.steps_per_execution)
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:

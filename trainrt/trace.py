@@ -78,6 +78,7 @@ class Tracing(contextlib.AbstractContextManager):
         self._last = 0
         self._begun = 0.0
         self._why = "asked for"
+        self._failed = False
 
     def room(self, step: int) -> int:
         """How many steps from `step` on may run in one go: none of them may begin or end a window but the last."""
@@ -92,6 +93,8 @@ class Tracing(contextlib.AbstractContextManager):
 
     def begin(self, step: int) -> bool:
         """Starts the profiler where a window begins with `step`; returns whether it runs."""
+        if self._failed:
+            return False
         if self._into is None and self._window is not None and self._window[0] <= step < self._window[1]:
             self._start(step)
         return self._into is not None
@@ -105,7 +108,7 @@ class Tracing(contextlib.AbstractContextManager):
         elif steps and not (self._window and step >= self._window[0]):
             self._calls.append((steps, seconds))
             del self._calls[1:-KEPT_CALLS]  # the first call, which compiles, holds its place
-            if self._auto and self._window is None:
+            if self._auto and self._window is None and not self._failed:
                 self._consider(step)
 
     def _consider(self, step: int) -> None:
@@ -142,7 +145,7 @@ class Tracing(contextlib.AbstractContextManager):
             tf.profiler.experimental.start(into, options=tf.profiler.experimental.ProfilerOptions(host_tracer_level=2))
         except Exception as error:  # whatever a driver or another profiler says, training goes on
             shutil.rmtree(into, ignore_errors=True)
-            self._window, self._auto = None, False
+            self._failed = True  # the steps still run one a call, as other workers' do
             words = str(error).splitlines()[0] if str(error) else type(error).__name__
             if isinstance(error, tf.errors.AlreadyExistsError):
                 words = "another profiler is running; stop it, or leave `trace` out"
@@ -184,7 +187,7 @@ class Tracing(contextlib.AbstractContextManager):
 
     def __exit__(self, kind, error, traceback) -> None:
         self.stop()
-        if self._auto and not self._done and kind is None:
+        if self._auto and not self._done and not self._failed and kind is None:
             _say(
                 "`trace='auto'` traced nothing: the training ended before its step time had settled. "
                 "Name the steps: trace=(start, stop)"
