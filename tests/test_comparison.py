@@ -151,6 +151,19 @@ def test_runs_part_where_what_was_changed_acts(good, tmp_path, arguments, stage)
     assert (began.weights, began.until, began.stage) == (True, 0, stage)
 
 
+def test_digests_prove_what_the_recorded_numbers_only_suggest(tmp_path):
+    good = train(tmp_path / "good", digests=1, epochs=1)
+    same = train(tmp_path / "same", digests=1, epochs=1)
+    data = train(tmp_path / "data", digests=1, epochs=1, data=(X * 1.5, Y))
+    penalty = train(tmp_path / "penalty", digests=1, epochs=1, regularizer=keras.regularizers.L2(0.1))
+    assert "Bit-identical" in str(compare(good, same).start)
+    began = compare(good, data).start
+    assert (began.until, began.stage, began.batch) == (0, FORWARD, True)
+    began = compare(good, penalty).start
+    assert (began.until, began.stage, began.batch) == (0, FORWARD, False)
+    assert "loss" in str(began)
+
+
 def test_a_rate_that_changes_later_is_the_same_before(good, tmp_path):
     def schedule(epoch, rate):
         return rate if epoch < 1 else rate * 20

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from trainrt import bits
 from trainrt.comparison.difference import BACKWARD, FORWARD, START, UPDATE
 from trainrt.findings.series import loss_trend, percentile
 from trainrt.record import GRADIENT, WEIGHT
@@ -75,14 +76,20 @@ class Start:
       until: The first step in which any recorded number differs; None: none does, or nothing can be compared.
       stage: Where it differed first, one of `START`, `FORWARD`, `BACKWARD`, `UPDATE`; None: not known.
       common: Windows that both recorded.
+      bits: What the digests of the two prove, a sentence; "" where they recorded none in common.
+      batch: Whether the digests tell that the batch itself differs there; None: they do not tell.
     """
 
     weights: bool | None
     until: int | None
     stage: str | None
     common: int
+    bits: str = ""
+    batch: bool | None = None
 
     def __str__(self) -> str:
+        if self.bits:
+            return self.bits
         if not self.common:
             return "The runs recorded no steps in common."
         began = {True: "They began from the same weights. ", False: "They began from other weights. ", None: ""}
@@ -100,7 +107,30 @@ class Start:
         return f"{began[self.weights]}{same}The first to differ, in step {self.until}, is {what[self.stage]}."
 
 
+STAGES_OF_DIGESTS = {
+    **dict.fromkeys(("batch", "random state", "layer output", "loss"), FORWARD),
+    "gradient": BACKWARD,
+    **dict.fromkeys(("slot", "variable"), UPDATE),
+}
+
+
 def start(good: Run, bad: Run) -> Start:
+    """Where two runs part: by their digests where both have some, otherwise by what was recorded."""
+    found = _by_moments(good, bad)
+    verdict = bits.compare_bits(good, bad)
+    if not verdict.digests:
+        return found
+    said = str(verdict).partition("\n")[0]
+    difference = verdict.difference
+    if difference is None or difference.by != "digests" or difference.stage not in STAGES_OF_DIGESTS:
+        return dataclasses.replace(found, bits=said)
+    # A step that was not compared may lie before; what differs first is then not known.
+    stage = STAGES_OF_DIGESTS[difference.stage] if difference.exact else None
+    batch = difference.stage == "batch" if difference.exact else None
+    return Start(found.weights, difference.step, stage, found.common, said, batch)
+
+
+def _by_moments(good: Run, bad: Run) -> Start:
     """Compares the recorded numbers bit by bit, in the order in which a step makes them."""
     mine, yours = good.environment.get("weights_digest"), bad.environment.get("weights_digest")
     weights = mine == yours if mine and yours else None

@@ -182,6 +182,8 @@ def _by_start(difference: Difference, began: Start) -> Difference:
     if began.until > 0:
         # What acts in every step would have acted in the first; a schedule and the order of later batches need not.
         return difference
+    if difference.kind == "data" and began.batch is False:
+        return difference.weighed(TOO_EARLY, "The digests of the first batch are the same.")
     if parted in acts:
         return difference.weighed(FITS, f"The runs part in the first step, where this acts: {_words(began.stage)}.")
     if max(acts) < parted:

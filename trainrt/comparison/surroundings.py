@@ -36,7 +36,7 @@ PRIORS = {
 """How likely each is to explain anything, before the runs are looked at; the longest name that fits counts."""
 
 DEFAULT = 0.03
-SUMS = ("determinism.fingerprint", "determinism.seed", "determinism.changes")
+SUMS = tuple(f"determinism.{name}" for name in ("fingerprint", "seed", "changes", "model_config"))
 """Entries that sum up others, or repeat them."""
 
 ELSEWHERE = frozenset(
