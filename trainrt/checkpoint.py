@@ -245,7 +245,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
     shapes = reader.get_variable_to_shape_map()
     count = sum(name.startswith("arrays/") for name in shapes)
-    arrays = [_get(reader, f"arrays/{i}") for i in range(count)]
+    arrays = [np.asarray(_get(reader, f"arrays/{i}")) for i in range(count)]
     if _digest(arrays, text) != _get(reader, "digest").decode():
         raise ValueError("Its digest is not that of its content.")
     return _unpacked(content, arrays)

@@ -79,8 +79,8 @@ class Journal(contextlib.AbstractContextManager):
         self._files: tuple[Sink, ...] = ()
         self._resumed = resumed
         if logdir is not None:
-            before = None if resumed is None or resumed.run is None else Path(logdir) / Path(resumed.run).name
-            self.path = before if before is not None and before.is_dir() else _made(logdir)
+            before = None if resumed is None else _below(logdir, resumed.run)
+            self.path = before or _made(logdir)
             self._files = () if resumed is not None and resumed.over else (TensorBoard(self.path),)
         self._memory = Memory(self.path)
         self._sinks = (self._memory, *self._files, *sinks)
@@ -198,6 +198,14 @@ def floats(logs: Mapping[str, Any]) -> dict[str, float]:
         with contextlib.suppress(TypeError, ValueError):
             result[name] = float(value)
     return result
+
+
+def _below(logdir: str, name: str | None) -> Path | None:
+    """The directory of that name in `logdir`, if there is one: a checkpoint leads to no other place."""
+    if not name or name != Path(name).name or name in (".", ".."):
+        return None
+    path = Path(logdir) / name
+    return path if path.is_dir() and not path.is_symlink() else None
 
 
 def _made(logdir: str) -> Path:
