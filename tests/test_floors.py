@@ -23,6 +23,7 @@ FLOORS = (
     {"journal", "changes"},
     {"resume"},
     {"lockstep"},
+    {"training"},
     {"loop", "experiment"},
     {"plugin", "demo", "doctor"},
     {"report_html"},

@@ -156,7 +156,7 @@ def test_steps_run_many_in_a_call_unless_somebody_listens(monkeypatch):
     calls = []
     run = Step.run
     monkeypatch.setattr(
-        Step, "run", lambda self, iterator, first, count: calls.append(count) or run(self, iterator, first, count)
+        Step, "run", lambda self, it, first, count, *how: calls.append(count) or run(self, it, first, count, *how)
     )
     x, y = data(8 * 60)
     trainrt.fit(make_model(), x, y, batch_size=8, verbose=0)
