@@ -20,7 +20,10 @@ INPUT, CLIP, UPDATE, STATISTICS = "trainrt_input", "trainrt_clip", "trainrt_upda
 """
 
 _OWN = {INPUT: "input", CLIP: "clip", UPDATE: "update", STATISTICS: "statistics"}
-_CALLS = re.compile(r"^(?:while/body/_\d+/while/|(?:Stateful|Xla)?PartitionedCall(?:_\d+)?/|cond/\w+/_\d+/cond/)+")
+_CALLS = re.compile(
+    r"^(?:while/body/_\d+/while/|(?:Stateful|Xla)?PartitionedCall(?:_\d+)?/|replica_\d+/"
+    r"|cond(?:_\d+)?/(?:then|else)/_\d+/(?:while/)?cond(?:_\d+)?/)+"
+)
 _SUM_OF_GRADIENTS = re.compile(r"^AddN(?:_\d+)?$")
 
 
@@ -53,7 +56,7 @@ class Scopes:
                 return own
         if "gradient_tape" in parts or "gradients" in parts or (_SUM_OF_GRADIENTS.match(parts[-1]) and len(parts) == 1):
             return "backward"
-        if any(_is(parts[0], optimizer) for optimizer in self.optimizers):
+        if any(_is(part, optimizer) for part in parts for optimizer in self.optimizers):
             return "update"
         return "input" if parts[0].startswith("Iterator") else "forward"
 
@@ -79,6 +82,8 @@ def bare(name: str) -> str:
     """The name of an op without the calls and loops around the step.
 
     >>> bare("while/body/_1/while/StatefulPartitionedCall/net/dense/MatMul")
+    'net/dense/MatMul'
+    >>> bare("while/body/_1/while/cond_1/then/_30/while/cond_1/replica_1/net/dense/MatMul")
     'net/dense/MatMul'
     """
     return _CALLS.sub("", name)
