@@ -20,6 +20,8 @@ POOR = 0.6
 NOTHING = 0.15
 SMALL_STEP = 5e-4
 """Of a kernel's size: half of the usual 1e-3, under plain gradient descent, whose steps shrink with the gradient."""
+FEWEST = 50
+"""Steps of a run whose loss can be said to have come to rest."""
 SMALL = 4
 """Units with which a hidden layer bends a task four times at most."""
 RELATIVE = ("mean_absolute_percentage_error", "mape")
@@ -181,7 +183,7 @@ def bottleneck(run: Run) -> Iterator[Finding]:
         return
     classes = widths[-1][1]
     narrow = [name for name, width in widths[:-1] if width == 1 or width < classes / 5]
-    small = max(width for _, width in widths[:-1]) <= SMALL and outcome(run).far and not falls_late(run)
+    small = max(width for _, width in widths[:-1]) <= SMALL and _rests(run)
     if not narrow and not small:
         return
     certain, narrow = bool(narrow), narrow or [name for name, _ in widths[:-1]]
@@ -220,7 +222,7 @@ def linear_model(run: Run) -> Iterator[Finding]:
     weighted = [layer for layer in weighted if layer["class"] not in (*program.NORMALISERS, *program.PASSIVE)]
     if len(weighted) != 1 or weighted[0]["class"] != "Dense":
         return
-    if not (ended.far and ended.poor(0.1)) or falls_late(run) or not math.isfinite(ended.data_loss):
+    if not (ended.poor(0.1) and _rests(run) and math.isfinite(ended.data_loss)):
         return
     yield about(
         run,
@@ -303,7 +305,7 @@ def stagnation(run: Run) -> Iterator[Finding]:
     []
     """
     ended, trend = outcome(run), loss_trend(run)
-    if not ended.poor(NOTHING) or not ended.far or falls_late(run):
+    if not (ended.poor(NOTHING) and _rests(run)):
         return
     moves = abs(trend.fall) > 0.3
     rate = percentile(scalar(run, "learning_rate"), 50)
@@ -332,3 +334,8 @@ def stagnation(run: Run) -> Iterator[Finding]:
             f"Try a tenth and ten times of the learning rate ({rate:.3g}).",
         ),
     )
+
+
+def _rests(run: Run) -> bool:
+    """Whether the loss has come to rest: half of the run is over, in steps enough to tell, and it falls no more."""
+    return bool(run.steps[-1, 1] + 1 >= FEWEST and outcome(run).far and not falls_late(run))
