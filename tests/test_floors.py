@@ -16,6 +16,7 @@ FLOORS = (
     {"findings", "moments", "adaptive", "audit", "bits", "forward", "device_words", "trace_reading"},
     {"fused", "comparison", "anatomy", "trace"},
     {"generic"},
+    {"origin"},
     {"update", "reference"},
     {"determinism", "replicas", "position", "poison"},
     {"sinks", "step", "batches", "environment", "pace", "look", "timing", "telemetry", "retracing"},

@@ -228,6 +228,8 @@ BAD = {
     "observe_float": (make_model, {"observe": 2.0}, TypeError, "observe"),
     "observe_zero": (make_model, {"observe": 0}, ValueError, "observe=False"),
     "observe_negative": (make_model, {"observe": -3}, ValueError, "observe=False"),
+    "distance_type": (make_model, {"distance": 1}, TypeError, "distance"),
+    "distance_unobserved": (make_model, {"distance": True, "observe": False}, ValueError, "observe=False"),
     "budget_type": (make_model, {"record_budget": 1e8}, TypeError, "record_budget"),
     "budget_small": (make_model, {"record_budget": 1000}, ValueError, "observe=False"),
     "trace_type": (make_model, {"trace": 3}, TypeError, "start, stop"),

@@ -43,6 +43,7 @@ class Request:
       checkpoint: Where and when to save the training, or None.
       on_nonfinite, on_spike: What becomes of a step that would poison the training.
       record_budget: About how many bytes the record may grow to.
+      distance: Whether to measure how far each weight is from where it started.
     """
 
     logdir: str | None
@@ -58,6 +59,7 @@ class Request:
     on_nonfinite: str = "report"
     on_spike: str | None = None
     record_budget: int = BUDGET_BYTES
+    distance: bool = False
 
 
 def check(
@@ -76,6 +78,7 @@ def check(
     sum_duplicates: Any = False,
     checkpoint: Any = None,
     record_budget: Any = BUDGET_BYTES,
+    distance: Any = False,
 ) -> Request:
     """Checks the model and the arguments that are not Keras's.
 
@@ -108,6 +111,7 @@ def check(
         on_nonfinite,
         on_spike,
         _record_budget(record_budget),
+        _distance(model, distance, observe),
     )
     if request.clip is not None:
         _one_clip(model, request.clip)
@@ -201,6 +205,16 @@ def _sum_duplicates(model: keras.Model, value: Any) -> bool:
         raise NotImplementedError(
             "`sum_duplicates=True` is not built for several replicas yet. Until it is: one-hot inputs to a Dense layer."
         )
+    return value
+
+
+def _distance(model: keras.Model, value: Any, observe: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"`distance` must be True or False. Received: distance={value!r}.")
+    if value and observe is False:
+        raise ValueError("`distance=True` measures in observed steps. Received: observe=False. Leave one of them out.")
+    if value and replicas.several(model.distribute_strategy):
+        raise NotImplementedError("`distance=True` is not built for several replicas yet. Leave it out there.")
     return value
 
 

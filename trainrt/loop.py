@@ -56,6 +56,7 @@ def fit(
     on_spike: str | None = None,
     sinks: Sequence[Sink] = (),
     record_budget: int = BUDGET_BYTES,
+    distance: bool = False,
     checkpoint: str | os.PathLike | Checkpoint | None = None,
 ) -> keras.callbacks.History:
     """Trains like `model.fit`, bit for bit, and records what every step does in every layer.
@@ -90,6 +91,8 @@ def fit(
       sinks: More places for the record, see `trainrt.sinks.Sink`.
       record_budget: About how many bytes the record may grow to, 256 MiB unless told otherwise. Windows of steps widen
         so that it does not outgrow them; no step is missing in it, and what is abnormal keeps its full resolution.
+      distance: Measures how far each weight is from where this fit found it, `run["distance_norm"]`. It keeps a copy of
+        the weights.
       checkpoint: A directory, or a `trainrt.Checkpoint`, for the checkpoints of this training. After a death the same
         call goes on where the newest one was taken, and ends with the bits of a run that never stopped.
 
@@ -115,6 +118,7 @@ def fit(
         on_spike=on_spike,
         sinks=sinks,
         record_budget=record_budget,
+        distance=distance,
         seed=seed,
         digests=digests,
         sum_duplicates=sum_duplicates,

@@ -83,6 +83,9 @@ GRADIENT, UPDATE, WEIGHT = "gradient", "update", "weight"
 """The subjects that every weight has: the gradient handed to the optimizer (before any clip, loss scale divided out),
 the weight after the step minus the weight before it, and the weight after the step."""
 
+DISTANCE = "distance"
+"""A subject that a run has if it was asked for: the weight after the step minus the weight at the start of the fit."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
@@ -125,7 +128,7 @@ class Roster:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        return tuple(s for s in self.subjects if s not in (GRADIENT, UPDATE, WEIGHT))
+        return tuple(s for s in self.subjects if s not in (GRADIENT, UPDATE, WEIGHT, DISTANCE))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

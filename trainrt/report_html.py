@@ -20,7 +20,7 @@ STATISTICS = (
     "update_ratio", "gradient_norm", "clipped_gradient_norm", "update_norm", "weight_norm", "gradient_ratio",
     "effective_learning_rate", "unchanged_share", "rounded_share", "gradient_zero_share", "gradient_nonfinite_share",
     "clip_share", "gradient_peak_norm", "gradient_trough_norm", "update_peak_norm", "update_trough_norm",
-    "weight_peak_norm", "weight_trough_norm",
+    "weight_peak_norm", "weight_trough_norm", "distance_norm",
 )  # fmt: skip
 """What a report holds of each layer, with the norms of the slots; TensorBoard shows the rest."""
 

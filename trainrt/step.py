@@ -20,6 +20,7 @@ from trainrt import doors, native, phases, replicas, resident, trace
 from trainrt.clip import Clip
 from trainrt.determinism import modes
 from trainrt.determinism.digests import Collector, Digests
+from trainrt.origin import Origins
 from trainrt.poison import Guard
 from trainrt.record import Roster
 from trainrt.update import Observer
@@ -64,6 +65,7 @@ class Step:
       digests: Which steps and stages are digested, or None.
       sum_duplicates: Whether the rows of sparse gradients are added up before the optimizer sees them.
       guard: Takes poisoned steps back, or None.
+      distance: Whether to measure how far each weight is from where it started.
 
     Attributes:
       digest_names: (stage, name) of each digest, once the step is traced.
@@ -81,11 +83,13 @@ class Step:
         digests: Digests | None = None,
         sum_duplicates: bool = False,
         guard: Guard | None = None,
+        distance: bool = False,
     ):
         self._model = model
         self._sum_duplicates = sum_duplicates
         self._clip = clip
         self.guard = guard
+        self.origins = Origins(model) if distance else None
         self._strategy = model.distribute_strategy
         self._several = replicas.several(self._strategy)
         self._optimizers = doors.optimizers(model)
@@ -112,7 +116,15 @@ class Step:
 
         def replica_step(data):
             watching = measuring or self.guard is not None
-            observer = Observer(self._optimizers, self._clip, watching, self._kernels, self._sum_duplicates, self._each)
+            observer = Observer(
+                self._optimizers,
+                self._clip,
+                watching,
+                self._kernels,
+                self._sum_duplicates,
+                self._each,
+                self.origins if measuring else None,
+            )
             collector = Collector(model, self._optimizers, self._stages) if digesting else None
             with observer.watch(model), collector.watch(data) if collector else contextlib.nullcontext():
                 logs = self.guard.step(observer, data) if self.guard else model.train_step(data)

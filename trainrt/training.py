@@ -355,19 +355,22 @@ class Training:
         function = self._model.train_function
         wanted = self._request
         key = (wanted.clip, wanted.every, wanted.digests, wanted.sum_duplicates)
+        distance = wanted.distance
         asked = (wanted.on_nonfinite, wanted.on_spike)
         guarded = asked != arguments.UNGUARDED
         made = getattr(function, "_trainrt", None)
-        if made is None or made[0] != (key, asked):
+        if made is None or made[0] != (key, asked, distance):
             if type(self._model.optimizer) in fused.RULES:
                 doors.build_optimizer(self._model)
             if self._given["verbose"] and native.status().pending:
                 print("trainrt: building its native kernels for this machine, once; about 10 s.", flush=True)
-            step = Step(self._model, *key, Guard(self._model, *asked) if guarded else None)
-            function._trainrt = ((key, asked), step)
+            step = Step(self._model, *key, Guard(self._model, *asked) if guarded else None, distance)
+            function._trainrt = ((key, asked, distance), step)
         step = function._trainrt[1]
         if step.guard:
             step.guard.reset()
+        if step.origins:
+            step.origins.reset()
         step.prepare(iterator.element_spec)
         if self._request.deterministic:
             graph = step.graph(iterator.element_spec)

@@ -20,6 +20,7 @@ import tensorflow as tf
 
 from trainrt import clip, doors, fused, generic, moments, phases, taps
 from trainrt.clip import Clip
+from trainrt.origin import Origins
 from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, JOINT_EXTREMES, UPDATE, WEIGHT, Parameter, Roster, unique
 
 LOSS_SCALARS = ("loss", "data_loss", "added_loss", "regularization_loss")
@@ -45,6 +46,7 @@ class Observer:
       kernels: Whether the native kernels may be used: they are loaded and XLA does not compile the step.
       sum_duplicates: Whether the rows of a sparse gradient are added up before the optimizer sees them.
       every: How many steps there are to one observed.
+      origins: Where the weights started, to measure how far they have gone; None does not.
 
     Attributes:
       unseen: Why nothing was seen; None if something was.
@@ -60,7 +62,9 @@ class Observer:
         kernels: bool,
         sum_duplicates: bool = False,
         every: int = 1,
+        origins: Origins | None = None,
     ):
+        self._origins = origins
         self._optimizers = optimizers
         self._clip = clips
         self._measuring = measuring
@@ -155,6 +159,9 @@ class Observer:
                 seen = way.apply(gradients, scale, self._measuring, measured, self._every)
             if seen is None:
                 return result
+        if self._origins is not None:
+            with tf.name_scope(phases.STATISTICS):
+                seen = self._origins.add(seen, variables, kernels)
         keys = [doors.variable_key(v) for v in variables]
         for key, variable in zip(keys, variables, strict=True):
             self._parameters.setdefault(key, _parameter(variable))

@@ -16,6 +16,7 @@ export function plan(run) {
     { name: 'Gradient norm', log: true, lines: [['gradient_norm', 'before clip'], ['clipped_gradient_norm', 'after clip', [5, 4]]] },
     { name: 'Update norm', log: true, lines: [['update_norm', '']] },
     { name: 'Weight norm', log: true, lines: [['weight_norm', '']] },
+    { name: 'Distance from the start, norm', log: true, lines: [['distance_norm', '']] },
     ...run.slots.map((slot) => ({ name: `Slot: ${words(slot)}, norm`, log: true, lines: [[`${slot}_norm`, '']] })),
     { name: 'Effective learning rate', log: true, hint: 'update / gradient', lines: [['effective_learning_rate', '']] },
     { name: 'Unchanged elements', unit: 'share', hint: 'and why', lines: [['unchanged_share', 'unchanged', null, 'series0'], ['rounded_share', 'rounded away', null, 'series1'],
