@@ -1,6 +1,7 @@
 """fit keeps Keras's contract: the same hooks with the same logs, any data, and every bad input answered."""
 
 import os
+import re
 
 import keras
 import numpy as np
@@ -390,3 +391,14 @@ def test_verbose_0_says_nothing(digits, capsys):
 
     trainrt.fit(demo.build(), *digits, batch_size=8, epochs=30, verbose=0, clip=1e-5)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("optimizer", "how"), [("adam", "fused pass|native ops"), ("ftrl", "by its own apply .*Ftrl")])
+def test_a_run_says_once_which_path_its_optimizer_takes(optimizer, how, capsys):
+    model = make_model()
+    model.compile(optimizer, "mse")
+    for _ in range(2):
+        trainrt.fit(model, *data(), verbose=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "the optimizer" in line]
+    assert len(lines) == 1
+    assert re.search(how, lines[0])

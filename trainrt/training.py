@@ -359,7 +359,8 @@ class Training:
         asked = (wanted.on_nonfinite, wanted.on_spike)
         guarded = asked != arguments.UNGUARDED
         made = getattr(function, "_trainrt", None)
-        if made is None or made[0] != (key, asked, distance):
+        anew = made is None or made[0] != (key, asked, distance)
+        if anew:
             if type(self._model.optimizer) in fused.RULES:
                 doors.build_optimizer(self._model)
             if self._given["verbose"] and native.status().pending:
@@ -372,6 +373,10 @@ class Training:
         if step.origins:
             step.origins.reset()
         step.prepare(iterator.element_spec)
+        if anew and self._given["verbose"]:
+            for name, path in step.paths.items():
+                how = "in one fused pass" if path == "fused" else f"by its own apply ({path})"
+                print(f"trainrt: the optimizer {name} updates {how}.", flush=True)
         if self._request.deterministic:
             graph = step.graph(iterator.element_spec)
             self._preflight = preflight.before_training(self._model, graph, iterator.element_spec, self._mode.xla)
