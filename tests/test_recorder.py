@@ -1,5 +1,8 @@
 """No step is lost on the way from the device to the sinks, and a record of any length stays within its budget."""
 
+import threading
+import warnings
+
 import numpy as np
 import pytest
 
@@ -115,6 +118,38 @@ def test_the_global_norm_is_that_of_all_weights_and_counts_the_clip():
     norm, clipped = got.scalars[:, 2, 0], got.scalars[:, 3, 0]
     np.testing.assert_allclose(norm, np.sqrt(sumsq.sum(1)))
     np.testing.assert_allclose(clipped, np.sqrt(sumsq[:, 0] + 0.25 * sumsq[:, 1]))
+
+
+def test_a_sink_that_hangs_costs_resolution_and_no_step_and_nobody_waits(monkeypatch):
+    monkeypatch.setattr("trainrt.recorder.PATIENCE_S", 0.1)
+    released = threading.Event()
+
+    class Hangs(Keeps):
+        def write(self, item):
+            released.wait(60)
+            super().write(item)
+
+    sink = Hangs()
+    recorder = Recorder(ROSTER, dict, [sink], 1 << 20)
+    rows, chunk = vectors(6400), 32
+
+    def push():
+        for first in range(0, len(rows), chunk):
+            recorder.push(first, 1, rows[first : first + chunk], first, first + chunk)
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        training = threading.Thread(target=push)
+        training.start()
+        training.join(60)
+        assert not training.is_alive(), "the training waits for the sink"
+        released.set()
+        recorder.close([], {"how": "finished"})
+    assert sum("coarser" in str(w.message) for w in told) == 1
+    assert covered(sink.record) == 6400
+    assert len(sink.record) < 6400
+    loss = sink.record.scalars[:, ROSTER.scalars.index("loss"), 2]
+    assert loss.max() == 6399, "the largest value of a scalar is that of its step"
 
 
 def leaping(steps: int, at: int, seed=0) -> np.ndarray:

@@ -29,6 +29,10 @@ FIRST_LOOK_S = 2.0
 """Seconds before the record is looked at for the first time: what is over by then is told at the end."""
 
 
+PATIENCE_S = 1.0
+"""How long a look waits for what was pushed."""
+
+
 class Resumed(NamedTuple):
     """That a run goes on.
 
@@ -139,7 +143,8 @@ class Journal(contextlib.AbstractContextManager):
         begun = time.monotonic()
         if self._recorder is None or begun < self._next_look:
             return []
-        self._recorder.drain()
+        if not self._recorder.mark().wait(PATIENCE_S):
+            return []  # a sink is slow: the training does not wait for it
         run = self._so_far()
         found = diagnose(run) if run is not None and len(run) else []
         new = [f for f in found if f.severity != "info" and (f.rule, f.causes[:1]) not in self._said]

@@ -1,6 +1,8 @@
 """From the device's vectors to records, on a thread of its own.
 
-The training loop hands over one packed tensor a chunk and goes on; it waits only when the bounded queue is full.
+The training loop hands over one packed tensor a chunk and goes on. Where a sink is slower than the training, chunks
+become windows of their own until it has caught up: the resolution falls, and no step is left out. The training waits
+for a moment before that, and then no more.
 """
 
 from __future__ import annotations
@@ -29,6 +31,13 @@ DELIVERY_S = 1.0
 
 DELIVERY_WINDOWS = 64
 QUEUE_CHUNKS = 8
+"""Chunks that wait at full resolution."""
+
+PATIENCE_S = 5.0
+"""How long, all in all, a training waits for its record before this gets coarser."""
+
+LATE_WINDOWS = 64
+"""Windows that the chunks behind them become; two of them become one when there are more."""
 
 
 class _Chunk(NamedTuple):
@@ -71,7 +80,12 @@ class Recorder:
         self._windows = Windows(self.roster, budget_bytes)
         self._waiting: list[Record] = []
         self._delivered = time.monotonic()
-        self._queue: queue.Queue = queue.Queue(QUEUE_CHUNKS)
+        self._queue: queue.Queue = queue.Queue()
+        self._lock = threading.Condition()
+        self._patience_s = PATIENCE_S
+        self._underway = 0  # chunks in the queue, or being taken from it
+        self._late: list[Record] = []
+        self._told = False
         self._thread = threading.Thread(target=self._work, name="trainrt-recorder", daemon=True)
         self._thread.start()
 
@@ -82,7 +96,34 @@ class Recorder:
 
         `times`: [steps, 3] as `Timing.call` returns them; None: nothing is known of single steps.
         """
-        self._queue.put(_Chunk(first, every, vectors, begun, ended, times))
+        chunk = _Chunk(first, every, vectors, begun, ended, times)
+        with self._lock:
+            if self._underway >= QUEUE_CHUNKS and not self._late and self._patience_s > 0:
+                since = time.monotonic()
+                self._lock.wait_for(lambda: self._underway < QUEUE_CHUNKS, self._patience_s)
+                self._patience_s -= time.monotonic() - since
+            if self._underway < QUEUE_CHUNKS and not self._late:
+                self._underway += 1
+                self._queue.put(chunk)
+                return
+        self._guarded(lambda: self._come_late(chunk))
+
+    def _come_late(self, chunk: _Chunk) -> None:
+        record = self._record(chunk)
+        if not len(record):
+            return
+        with self._lock:
+            self._late.append(record.merge())
+            if len(self._late) > LATE_WINDOWS:
+                pairs = [self._late[i : i + 2] for i in range(0, len(self._late), 2)]
+                self._late = [Record.concatenate(pair).merge() for pair in pairs]
+        if not self._told:
+            self._told = True
+            _warn(
+                "trainrt: the record cannot be written as fast as the training runs, so it gets coarser: windows of "
+                "many steps, in which no step is missing. Write it to a faster disk, or observe fewer steps: "
+                "trainrt.fit(..., observe=10)."
+            )
 
     def epoch(self, epoch: Epoch) -> None:
         self._queue.put(epoch)
@@ -113,10 +154,15 @@ class Recorder:
             try:
                 item = self._queue.get(timeout=DELIVERY_S)
             except queue.Empty:
+                self._take_late()
                 self._deliver()
                 continue
             if isinstance(item, _Chunk):
                 self._guarded(lambda item=item: self._take(item))
+                with self._lock:
+                    self._underway -= 1
+                    self._lock.notify()
+                self._take_late()
                 due = time.monotonic() - self._delivered > DELIVERY_S
                 if due or sum(len(r) for r in self._waiting) >= DELIVERY_WINDOWS:
                     self._deliver()
@@ -124,6 +170,7 @@ class Recorder:
             if isinstance(item, _Pending):
                 self._guarded(lambda item=item: self._describe(item))
                 continue
+            self._take_late()
             self._guarded(lambda: self._waiting.extend(self._windows.rest()))
             self._deliver()
             if isinstance(item, threading.Event):
@@ -133,6 +180,14 @@ class Recorder:
             else:
                 self._each(lambda sink, item=item: sink.close(item.findings, item.end))
                 return
+
+    def _take_late(self) -> None:
+        """Takes what came late, once all that came before it has been taken."""
+        with self._lock:
+            if self._underway or not self._late:
+                return
+            late, self._late = self._late, []
+        self._guarded(lambda: self._waiting.extend([*self._windows.rest(), *late]))
 
     def _describe(self, pending: _Pending) -> None:
         document = Document(pending.kind, pending.step, pending.describe())
