@@ -13,7 +13,7 @@ import tensorflow as tf
 import trainrt
 from trainrt import changes, digits, doors
 from trainrt.charts import Line, chart
-from trainrt.experiment import CONFIRMED, DROPPED, Effect, Explanation, Range
+from trainrt.experiment import CONFIRMED, DROPPED, Effect, Explanation, Range, confirmed
 from trainrt.findings import CAUSES, Finding
 
 (X, Y), _ = digits.load()
@@ -350,3 +350,26 @@ def test_a_plot_is_well_formed_and_has_a_curve_for_each_line(tmp_path):
 @pytest.mark.parametrize("values", [[np.nan] * 3, [1.0] * 3, [1.0, np.inf, 2.0]])
 def test_a_chart_of_degenerate_values_is_drawn(values):
     assert ElementTree.fromstring(chart([Line("<&>", np.arange(3.0), np.array(values))], "x", "y")) is not None
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-4])
+def test_fit_confirms_by_experiment_what_is_not_sure_and_trains_the_same(digits, rate, capsys):
+    x, y = digits
+    runs = []
+    for experiment in (False, 30):
+        keras.utils.set_random_seed(2)
+        model = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(10)])
+        model.compile(keras.optimizers.SGD(rate), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        history = trainrt.fit(model, x, y, batch_size=8, epochs=15, verbose=0, experiment=experiment)
+        runs.append((history.findings, [v.numpy() for v in (*model.variables, *model.optimizer.variables)]))
+    (guessed, before), (judged, after) = runs
+    assert guessed[0].causes[0] == judged[0].causes[0] == "lr_too_low"
+    assert guessed[0].confidence < judged[0].confidence == CONFIRMED
+    assert "experiment" in judged[0].evidence
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_sure_finding_needs_no_experiment():
+    sure = Finding("r", "error", 0.9, ("lr_too_low",), (), (0, 1), "m", {}, ())
+    assert confirmed([sure], None, 1.0) == [sure]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from trainrt.determinism.digests import Digests, asked
 from trainrt.sinks import Sink
 from trainrt.windows import BUDGET_BYTES
 
+EXPERIMENT_S = 60.0
 LEAST_BUDGET = 1 << 20
 NONFINITE = ("report", "skip", "stop")
 SPIKE = (None, "skip", "stop")
@@ -44,6 +46,7 @@ class Request:
       on_nonfinite, on_spike: What becomes of a step that would poison the training.
       record_budget: About how many bytes the record may grow to.
       distance: Whether to measure how far each weight is from where it started.
+      experiment_s: Seconds for an experiment after the training, 0 for none.
     """
 
     logdir: str | None
@@ -60,6 +63,7 @@ class Request:
     on_spike: str | None = None
     record_budget: int = BUDGET_BYTES
     distance: bool = False
+    experiment_s: float = 0.0
 
 
 def check(
@@ -79,6 +83,7 @@ def check(
     checkpoint: Any = None,
     record_budget: Any = BUDGET_BYTES,
     distance: Any = False,
+    experiment: Any = False,
 ) -> Request:
     """Checks the model and the arguments that are not Keras's.
 
@@ -112,6 +117,7 @@ def check(
         on_spike,
         _record_budget(record_budget),
         _distance(model, distance, observe),
+        _experiment(model, experiment, observe),
     )
     if request.clip is not None:
         _one_clip(model, request.clip)
@@ -216,6 +222,18 @@ def _distance(model: keras.Model, value: Any, observe: Any) -> bool:
     if value and replicas.several(model.distribute_strategy):
         raise NotImplementedError("`distance=True` is not built for several replicas yet. Leave it out there.")
     return value
+
+
+def _experiment(model: keras.Model, value: Any, observe: Any) -> float:
+    if not isinstance(value, (bool, int, float)):
+        raise TypeError(f"`experiment` must be True, False, or seconds. Received: experiment={value!r}.")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"`experiment` must be a number of seconds that is not negative. Received: {value!r}.")
+    if value and observe is False:
+        raise ValueError("`experiment` judges findings. Received: observe=False, which finds nothing. Leave one out.")
+    if value and replicas.several(model.distribute_strategy):
+        raise NotImplementedError("`experiment` is not built for several replicas. Call trainrt.explain on one device.")
+    return EXPERIMENT_S if value is True else float(value)
 
 
 def _record_budget(budget: Any) -> int:

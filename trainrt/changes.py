@@ -238,7 +238,14 @@ CHANGES = (
     ),
     Change("no weight decay", ("weight_decay_too_high",), "Weaken the decay to a tenth.", _no_decay, _decayless),
     Change("dropout off", ("dropout_too_high",), "Drop less.", _no_dropout, _dropless),
-    Change("another optimizer", ("wrong_optimizer",), "Train with it.", _another_optimizer, _own_optimizers, True),
+    Change(
+        "another optimizer",
+        ("wrong_optimizer", "lr_too_low", "lr_too_high"),  # it brings a learning rate of its own
+        "Train with it.",
+        _another_optimizer,
+        _own_optimizers,
+        True,
+    ),
     Change(
         "float32",
         ("update_rounding",),

@@ -33,6 +33,9 @@ HALVES = 0.5
 ERRORS = 2.0
 """...and in standard errors of its gain over the replays."""
 
+SURE = 0.8
+"""A finding of this confidence needs no experiment."""
+
 CONFIRMED, DROPPED = 0.95, 0.2
 """Confidence of a finding whose cause an experiment took away with effect, and without."""
 
@@ -109,7 +112,7 @@ class Explanation:
         tested = {cause: effect for effect in self.effects for cause in effect.causes[:1]}
         judged = []
         for finding in findings:
-            hits = [tested[cause] for cause in finding.causes if cause in tested and tested[cause].moves]
+            hits = [effect for effect in self.effects if effect.moves and set(effect.causes) & set(finding.causes)]
             first = tested.get(finding.causes[0]) if finding.causes else None
             if hits:
                 best = max(hits, key=lambda effect: effect.gain)
@@ -155,6 +158,27 @@ class Explanation:
 
 def _values(losses: Sequence[float]) -> str:
     return f"{_mean(losses):9.4g} +- {float(np.std(losses)):.2g}"
+
+
+def confirmed(findings: Sequence[Finding], model: keras.Model, budget_s: float, **data: Any) -> list[Finding]:
+    """What `fit(..., experiment=True)` makes of its findings: where none of them is sure, an experiment judges them.
+
+    Args:
+      findings: Of the run that has just ended.
+      model: As it was left by the training.
+      budget_s: Seconds that it may take.
+      **data: `x`, `y`, `sample_weight`, `batch_size`, `shuffle` and `clip`, as for `explain`.
+    """
+    asked = [f for f in findings if f.severity != "info"]
+    if not asked or max(f.confidence for f in asked) >= SURE:
+        return list(findings)
+    try:
+        explanation = explain(model, budget_s=budget_s, **data)
+    except Exception as error:  # the training is done, and what was found stays
+        print(f"trainrt: the experiment could not be made: {type(error).__name__}: {error}")
+        return list(findings)
+    print(explanation)
+    return explanation.judge(findings)
 
 
 def explain(

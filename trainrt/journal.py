@@ -64,6 +64,7 @@ class Journal(contextlib.AbstractContextManager):
     Attributes:
       run: The run, when it has ended.
       findings: What was found, likeliest root cause first.
+      judge: What has the last word on the findings of a training that came to its end; None: nobody.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Journal(contextlib.AbstractContextManager):
         self._next_look = time.monotonic() + FIRST_LOOK_S
         self._said: set[tuple] = set()
         self._end = {"how": "finished", "detail": ""}
+        self.judge: Callable[[list[Finding]], list[Finding]] | None = None
         self.run: Run | None = None
         self.findings: list[Finding] = []
 
@@ -172,7 +174,8 @@ class Journal(contextlib.AbstractContextManager):
         run = self._so_far()
         if run is not None:
             run.end = end  # what came of a run is judged when it is over
-        self.findings = diagnose(run) if run is not None and len(run) else []
+        found = diagnose(run) if run is not None and len(run) else []
+        self.findings = found if kind is not None or self.judge is None else self.judge(found)
         recorder.close([finding.to_dict() for finding in self.findings], end)
         self.run = self._so_far()
 

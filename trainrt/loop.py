@@ -18,6 +18,7 @@ from trainrt.checkpoint import Checkpoint
 from trainrt.clip import Clip
 from trainrt.determinism import modes
 from trainrt.determinism.digests import Digests
+from trainrt.experiment import confirmed
 from trainrt.journal import floats
 from trainrt.record import Epoch
 from trainrt.sinks import Sink
@@ -57,6 +58,7 @@ def fit(
     sinks: Sequence[Sink] = (),
     record_budget: int = BUDGET_BYTES,
     distance: bool = False,
+    experiment: bool | float = False,
     checkpoint: str | os.PathLike | Checkpoint | None = None,
 ) -> keras.callbacks.History:
     """Trains like `model.fit`, bit for bit, and records what every step does in every layer.
@@ -93,6 +95,8 @@ def fit(
         so that it does not outgrow them; no step is missing in it, and what is abnormal keeps its full resolution.
       distance: Measures how far each weight is from where this fit found it, `run["distance_norm"]`. It keeps a copy of
         the weights.
+      experiment: True, or seconds: where findings are left and none is sure, replays a few batches of the data under
+        single changes after the training (`trainrt.explain`), and confirms or drops findings by what moved the loss.
       checkpoint: A directory, or a `trainrt.Checkpoint`, for the checkpoints of this training. After a death the same
         call goes on where the newest one was taken, and ends with the bits of a run that never stopped.
 
@@ -119,6 +123,7 @@ def fit(
         sinks=sinks,
         record_budget=record_budget,
         distance=distance,
+        experiment=experiment,
         seed=seed,
         digests=digests,
         sum_duplicates=sum_duplicates,
@@ -171,6 +176,9 @@ def fit(
     keeper = lockstep.keeper(model, request.checkpoint, batches)
     training = Training(model, batches, callbacks, request, given, watched, mode, keeper, epochs)
     clock = training.timing
+    if request.experiment_s:
+        shown = {"x": x, "y": y, "sample_weight": sample_weight, "batch_size": batch_size, "shuffle": bool(shuffle)}
+        training.journal.judge = lambda found: confirmed(found, model, request.experiment_s, clip=request.clip, **shown)
     saving = keeper or contextlib.nullcontext()
     with training.journal, training.measuring(), training.tracing, saving, training.signals:
         model.stop_training = False
