@@ -89,3 +89,9 @@ def test_the_histogram_counts_every_kernel_that_moved(written, run):
         assert table[:, 2].sum() == 4
         assert table[0, 0] == pytest.approx(-6, abs=1e-4)
         assert table[-1, 1] == pytest.approx(np.log10(run["update_ratio"][0, 3]), abs=1e-4)
+
+
+def test_a_run_that_goes_on_in_the_same_second_overwrites_nothing(tmp_path):
+    files = [TensorBoard(tmp_path).path for _ in range(3)]
+    assert len(set(files)) == 3
+    assert sorted(files) == files

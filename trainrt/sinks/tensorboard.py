@@ -55,7 +55,10 @@ class TensorBoard:
     """
 
     def __init__(self, directory: str | Path):
-        self.path = Path(directory) / events.file_name()
+        start = time.time()
+        while (path := Path(directory) / events.file_name(start)).exists():
+            start += 1  # a run that went on in the same second, in the same process
+        self.path = path
         self._writer = tf.io.TFRecordWriter(str(self.path))
         self._put(events.encode_header())
         self._writer.flush()
