@@ -17,7 +17,7 @@ from tensorboard.data import provider
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from trainrt import events
-from trainrt.record import JOINT, MOMENTS, VERSION, Epoch, Moments, Record
+from trainrt.record import EARLIER_JOINTS, JOINT, MOMENTS, VERSION, Epoch, Moments, Record
 from trainrt.run import Run
 
 RUN = Run.synthetic(
@@ -343,6 +343,20 @@ def test_a_newer_version_is_refused_with_the_remedy(tmp_path):
     newer = events.frame(mutated(EVENTS[1], change))
     with pytest.raises(ValueError, match=rf"up to version {VERSION}.*version {VERSION + 1}.*pip install --upgrade"):
         read(tmp_path / "file", FRAMED[0] + newer)
+
+
+@pytest.mark.parametrize("columns", EARLIER_JOINTS.values(), ids=len)
+def test_a_record_of_earlier_days_reads_with_nan_for_what_it_did_not_know(tmp_path, monkeypatch, columns):
+    places = [JOINT.index(name) for name in columns]
+    with monkeypatch.context() as then:
+        then.setattr(events, "JOINT", columns)
+        old = events.encode_record(dataclasses.replace(RECORD, joint=RECORD.joint[..., places]), ROSTER)
+    items, reader = read(tmp_path / "file", b"".join([*FRAMED[:2], events.frame(old)]))
+    assert not reader.problems
+    expected = np.full_like(RECORD.joint, np.nan)
+    expected[..., places] = RECORD.joint[..., places]
+    np.testing.assert_array_equal(items[-1].joint, expected)
+    np.testing.assert_array_equal(items[-1][2:].joint, expected[2:])
 
 
 def test_a_file_cut_short_while_it_is_open_is_an_error_and_not_a_number(tmp_path):

@@ -31,7 +31,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 
-from trainrt.record import JOINT, MOMENTS, SCALAR, VERSION, Document, Epoch, Record, Roster
+from trainrt.record import EARLIER_JOINTS, JOINT, MOMENTS, SCALAR, VERSION, Document, Epoch, Record, Roster
 
 PLUGIN = "trainrt"
 SUFFIX = ".trainrt"
@@ -372,7 +372,12 @@ class StoredRecord:
 
     @property
     def joint(self) -> np.ndarray:
-        return self._joint.read()
+        stored = self._joint.read()
+        if stored.shape[-1] == len(JOINT):
+            return stored
+        joint = np.full((*stored.shape[:-1], len(JOINT)), np.nan)
+        joint[..., [JOINT.index(name) for name in EARLIER_JOINTS[stored.shape[-1]]]] = stored
+        return joint
 
     @property
     def moments(self) -> Mapping[str, np.ndarray]:
@@ -529,7 +534,11 @@ class Reader:
         windows = dims[0].size if len(dims) == 2 else 0
         _check(windows >= 1, "the shape of steps")
         arrays, regions, at = {}, {}, 0
-        for name, shape in _shapes(self.roster, windows).items():
+        shapes = _shapes(self.roster, windows)
+        dims = tensors["joint"].tensor_shape.dim
+        if len(dims) == 3 and dims[2].size in EARLIER_JOINTS:
+            shapes["joint"] = (*shapes["joint"][:2], dims[2].size)
+        for name, shape in shapes.items():
             dtype = "<f4" if name.startswith("moments/") else "<i8" if name == "steps" else "<f8"
             tensor = tensors[name]
             content = tensor.tensor_content

@@ -76,6 +76,9 @@ JOINT_EXTREMES = ("largest_rate", "smallest_rate")
 JOINT = JOINT_SUMS + JOINT_EXTREMES
 """Columns of a record's `joint`."""
 
+EARLIER_JOINTS = {5: ("steps", "scale", "clipped", "gradient_update", "rounded")}
+"""Number of columns -> the columns of `joint` in records that were written before there were the others."""
+
 SCALAR = ("mean", "min", "max")
 """Columns of a scalar over a window of steps. The mean is NaN when a step of the window was."""
 
