@@ -192,3 +192,18 @@ def covered(kept: Record) -> int:
     """Steps that are in a window, when none is in two."""
     assert (kept.steps[1:, 0] == kept.steps[:-1, 1] + 1).all()
     return int((kept.steps[:, 1] - kept.steps[:, 0] + 1).sum())
+
+
+def test_a_passport_that_cannot_be_made_costs_the_passport_alone():
+    def passport():
+        raise RuntimeError("no such thing")
+
+    def train(sink):
+        recorder = Recorder(ROSTER, passport, [sink], 1 << 20)
+        recorder.push(0, 1, vectors(8), 0, 8)
+        recorder.close([], {"how": "finished"})
+
+    sink = Keeps()
+    with pytest.warns(RuntimeWarning, match="no passport"):
+        train(sink)
+    assert covered(sink.record) == 8

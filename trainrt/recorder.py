@@ -148,7 +148,11 @@ class Recorder:
         self._thread.join()
 
     def _work(self) -> None:
-        passport = self._environment()
+        passport: Mapping[str, Any] = {}
+        try:
+            passport = self._environment()
+        except Exception as error:  # without its thread the training would wait for its record for ever
+            _warn(f"trainrt: the run has no passport. {type(error).__name__}: {error}")
         self._each(lambda sink: sink.open(self.roster, passport))
         while True:
             try:
