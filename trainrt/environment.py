@@ -30,6 +30,7 @@ import tensorflow as tf
 
 import trainrt
 from trainrt import doors
+from trainrt.determinism import modes
 from trainrt.digest import digest_all
 
 PACKAGES = ("tensorflow", "keras", "numpy", "tensorboard", "tensorboard-plugin-profile", "nvidia-ml-py", "protobuf")
@@ -73,8 +74,6 @@ LAYERS = 512
 
 _TEXT = 2000
 _LAYERS_S = 0.25
-_NO_SEED = 87654321
-"""What TensorFlow returns as the global seed when none was set."""
 
 
 class Surroundings:
@@ -122,7 +121,7 @@ def passport(model: keras.Model, arguments: Mapping[str, Any]) -> dict[str, Any]
         "replicas": lambda: model.distribute_strategy.num_replicas_in_sync,
         "precision": lambda: keras.config.dtype_policy().name,
         "floatx": keras.config.floatx,
-        "seed": _seed,
+        "seed": modes.seed_of_process,
         "model": lambda: _model(model),
         "optimizer": lambda: _optimizer(model.optimizer),
         "compile": lambda: _compiled(model),
@@ -294,12 +293,6 @@ def _class(thing: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ what it ran on
-
-
-def _seed() -> int | None:
-    """The seed that `keras.utils.set_random_seed` or `tf.random.set_seed` was given; None: none was."""
-    seed = tf.compat.v1.get_seed(1)[0]  # the public way to ask; with an op seed given it counts nothing up
-    return None if seed is None or int(seed) == _NO_SEED else int(seed)
 
 
 def _random_states() -> dict[str, str]:
