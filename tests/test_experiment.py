@@ -366,10 +366,17 @@ def test_fit_confirms_by_experiment_what_is_not_sure_and_trains_the_same(digits,
     assert guessed[0].causes[0] == judged[0].causes[0] == "lr_too_low"
     assert guessed[0].confidence < judged[0].confidence == CONFIRMED
     assert "experiment" in judged[0].evidence
+    assert not capsys.readouterr().out, "verbose=0 is silent"
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_a_sure_finding_needs_no_experiment():
     sure = Finding("r", "error", 0.9, ("lr_too_low",), (), (0, 1), "m", {}, ())
-    assert confirmed([sure], None, 1.0) == [sure]
+    assert confirmed([sure], None, 1.0, verbose=False) == [sure]
+
+
+def test_an_experiment_that_cannot_be_made_leaves_the_findings_and_says_so():
+    unsure = Finding("r", "error", 0.4, ("lr_too_low",), (), (0, 1), "m", {}, ())
+    with pytest.warns(UserWarning, match="could not be made"):
+        assert confirmed([unsure], make("sgd"), 1.0, verbose=False, x=iter([])) == [unsure]

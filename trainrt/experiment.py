@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -160,13 +161,16 @@ def _values(losses: Sequence[float]) -> str:
     return f"{_mean(losses):9.4g} +- {float(np.std(losses)):.2g}"
 
 
-def confirmed(findings: Sequence[Finding], model: keras.Model, budget_s: float, **data: Any) -> list[Finding]:
+def confirmed(
+    findings: Sequence[Finding], model: keras.Model, budget_s: float, verbose: bool, **data: Any
+) -> list[Finding]:
     """What `fit(..., experiment=True)` makes of its findings: where none of them is sure, an experiment judges them.
 
     Args:
       findings: Of the run that has just ended.
       model: As it was left by the training.
       budget_s: Seconds that it may take.
+      verbose: Whether to print what came of it.
       **data: `x`, `y`, `sample_weight`, `batch_size`, `shuffle` and `clip`, as for `explain`.
     """
     asked = [f for f in findings if f.severity != "info"]
@@ -175,9 +179,14 @@ def confirmed(findings: Sequence[Finding], model: keras.Model, budget_s: float, 
     try:
         explanation = explain(model, budget_s=budget_s, **data)
     except Exception as error:  # the training is done, and what was found stays
-        print(f"trainrt: the experiment could not be made: {type(error).__name__}: {error}")
+        warnings.warn(
+            "trainrt: the experiment could not be made, the findings stay as they are. "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
         return list(findings)
-    print(explanation)
+    if verbose:
+        print(explanation)
     return explanation.judge(findings)
 
 

@@ -178,7 +178,9 @@ def fit(
     clock = training.timing
     if request.experiment_s:
         shown = {"x": x, "y": y, "sample_weight": sample_weight, "batch_size": batch_size, "shuffle": bool(shuffle)}
-        training.journal.judge = lambda found: confirmed(found, model, request.experiment_s, clip=request.clip, **shown)
+        training.journal.judge = lambda found: confirmed(
+            found, model, request.experiment_s, bool(verbose), clip=request.clip, **shown
+        )
     saving = keeper or contextlib.nullcontext()
     with training.journal, training.measuring(), training.tracing, saving, training.signals:
         model.stop_training = False
