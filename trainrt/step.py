@@ -437,6 +437,8 @@ class Step:
                 self._see_nothing()
             vectors.append(vector)
             clock.append((ready, time.time()))
+            if self.guard and self.guard.halted:
+                break
         if not vectors or not (self.every or self._digest_every):
             return Outcome(len(vectors), logs, None)
         stamps = [np.array(each) for each in zip(*clock, strict=True)]
