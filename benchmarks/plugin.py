@@ -8,6 +8,8 @@ opens it in TensorBoard with a headless Chromium (`pip install trainrt[browser]`
   server       start of TensorBoard to its first answer
   frame, map,  from opening the address, with a fresh server and browser each round: until TensorBoard has made our
   picture      frame, before which nothing of ours runs; until the map is drawn; until the chosen layer's curves are
+  ours         of that from the frame on, by the frame's own clock
+  alone        the page without TensorBoard's around it, `data/plugin_entry.html?name=trainrt`, in a browser that has it
   zoom         from the key to the new picture, in the browser; and the answer of the route alone
   bytes        of one map and of all that was sent for the first picture
   memory       of the TensorBoard process, before the run is opened and after
@@ -182,6 +184,9 @@ def _round(logdir: Path, options: argparse.Namespace) -> dict[str, float]:
         frame.locator("body[data-ready]").wait_for()
         result["picture s"] = time.perf_counter() - begun
         inner = next(f for f in page.frames if "name=trainrt" in f.url)
+        inner = next(f for f in page.frames if "name=trainrt" in f.url)
+        drawn = inner.evaluate("performance.getEntriesByType('mark').map((mark) => [mark.name, mark.startTime / 1e3])")
+        result |= {f"ours: {name.removeprefix('trainrt ')} s": at for name, at in drawn if name.startswith("trainrt ")}
         result["picture sent kB"] = sum(len(r.body()) for r in sent) / 1e3
         chart = frame.locator('canvas[aria-label="Map of layers and steps"]')
         chart.focus()
@@ -201,6 +206,10 @@ def _round(logdir: Path, options: argparse.Namespace) -> dict[str, float]:
             )
         result["zoom in the browser s"] = statistics.median(took) / 1e3
         result["zoom, slowest s"] = max(took) / 1e3
+        begun = time.perf_counter()
+        page.goto(f"{server.url}data/plugin_entry.html?name=trainrt#trainrt&run=zlarge")
+        page.locator("body[data-ready]").wait_for()
+        result["alone s"] = time.perf_counter() - begun
         browser.close()
     query = {"run": "zlarge", "columns": 560, "statistic": "update_ratio", "first": 1000, "last": options.steps // 2}
     result["map route s"], size = server.ask("map", **query)

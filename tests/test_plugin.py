@@ -1,7 +1,9 @@
 """The routes of the TensorBoard plugin, asked as a browser asks them, and as one who means harm does."""
 
 import argparse
+import gzip
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -14,10 +16,10 @@ from tensorboard.backend.event_processing import data_provider, plugin_event_mul
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
-from trainrt import events, report_html
-from trainrt.plugin import answers, summary, tables, wire
+from trainrt import events, report_html, statistics
+from trainrt.plugin import answers, files, summary, tables, wire
 from trainrt.plugin.app import TrainrtPlugin
-from trainrt.plugin.files import static_files
+from trainrt.plugin.files import digest, static_files
 from trainrt.plugin.loader import TrainrtLoader
 from trainrt.plugin.sources import Files, Loaded, local
 from trainrt.record import VERSION, Epoch
@@ -186,10 +188,55 @@ def test_lines_and_pictures_tell_the_same(logdir):
             np.testing.assert_allclose(values[usual], codes[usual] / picture.factor, atol=1 / picture.factor)
 
 
+@pytest.mark.parametrize(
+    "query",
+    [{}, {"run": "one", "group": "weights", "statistic": "gradient_norm", "first": 3, "last": 30, "columns": 9},
+     {"run": "gone", "group": "nothing", "statistic": "nothing", "first": 900, "last": 2}],
+)  # fmt: skip
+def test_the_first_answer_is_what_the_single_ones_say(logdir, query):
+    page = plugin(logdir)
+    told = asked(page, "first", **query)
+    assert told.runs == asked(page, "runs")["runs"]
+    view = {**told.view, "columns": query.get("columns", 600)}
+    assert told.run == asked(page, "run", run=view["run"])
+    for route in ("map", "scalars"):
+        one, other = unpack(told.arrays[route].tobytes()), asked(page, route, **view)
+        assert one.arrays.keys() == other.arrays.keys()
+        for name, array in other.arrays.items():
+            np.testing.assert_array_equal(one.arrays[name], array)
+
+
+def test_a_directory_without_a_record_has_a_first_answer(tmp_path):
+    told = asked(plugin(tmp_path), "first")
+    assert (told.runs, told.run, told.arrays) == ([], None, {})
+
+
+@pytest.mark.parametrize("group", tables.GROUPS)
+def test_tables_of_some_rows_are_rows_of_the_tables(monkeypatch, run, group):
+    own = statistics.Statistic("own", "1", ("weight",), lambda weight: weight.sumsq / weight.sumsq.sum(-1)[:, None])
+    monkeypatch.setitem(statistics.STATISTICS, "own", own)
+    names = run.statistics
+    assert "own" in names
+    count = len(tables.grouped(run, group).roster.parameters)
+    rows = [count - 1, 0]
+    whole = tables.Tables(run).get(group, names)
+    kept = tables.Tables(run[:13])
+    kept.get(group, names, rows)
+    kept.run = run  # it grew
+    for _ in range(2):  # computed, then cut out of the whole ones
+        for one, other in zip(kept.get(group, names, rows), whole, strict=True):
+            np.testing.assert_allclose(one.values, other.values[:, rows], rtol=1e-6)
+            np.testing.assert_array_equal(one.states, other.states[:, rows])
+        kept.get(group, names)
+
+
 def test_scalars_are_those_of_the_run(logdir, run):
     told = asked(plugin(logdir), "scalars", run="one", columns=40)
     np.testing.assert_allclose(told.arrays["loss"][1], run.scalar("loss"), rtol=1e-6)
     assert set(told.arrays) == {*run.roster.scalars, "clip_share", "extents"}
+    run.environment = {"fit": {"clip": None}}
+    unclipped = unpack(answers.scalar_lines(tables.Tables(run), tables.columns(run.steps, 0, 39, 40)))
+    assert set(unclipped.arrays) == {*run.roster.scalars, "extents"}
 
 
 def test_a_growing_run_is_answered_as_if_it_were_opened_anew(tmp_path, run):
@@ -285,10 +332,14 @@ def test_only_the_runs_that_are_looked_at_are_opened(tmp_path, run, monkeypatch)
     opened = []
     monkeypatch.setattr(Run, "open", classmethod(lambda cls, path, was=Run.open: (opened.append(path), was(path))[1]))
     page = plugin(tmp_path)
-    assert len(asked(page, "runs")["runs"]) == 50
-    assert page.is_active()
+    names = asked(page, "runs")["runs"]
+    assert len(names) == 50
     asked(page, "run", run="run7")
     assert [path.name for path in opened] == ["run7"]
+    for _ in range(3):  # a browser begins to load TensorBoard: the newest run is read before it asks
+        assert page.is_active()
+    asked(page, "first")
+    assert [path.name for path in opened] == ["run7", names[0]]
 
 
 def test_a_run_trained_into_the_same_place_is_opened_anew(tmp_path, run):
@@ -494,7 +545,8 @@ assert not {{"tensorflow", "keras"}} & set(sys.modules)
 
 
 @pytest.mark.filterwarnings("ignore:html5lib's sanitizer:DeprecationWarning")
-def test_tensorboard_serves_the_page_under_its_own_rules(logdir):
+@pytest.mark.parametrize("encoding", ["", "gzip"])
+def test_tensorboard_serves_the_page_under_its_own_rules(logdir, encoding):
     from tensorboard.backend import application
 
     context = base_plugin.TBContext(logdir=str(logdir), data_provider=None)
@@ -502,10 +554,26 @@ def test_tensorboard_serves_the_page_under_its_own_rules(logdir):
     client = werkzeug.test.Client(app, wrappers.Response)
     assert client.get("/tb/data/plugin/trainrt/api/runs").get_json() == {"runs": ["one"]}
     for name in static_files():
-        response = client.get(f"/tb/data/plugin/trainrt/{name}")
+        response = client.get(f"/tb/data/plugin/trainrt/{digest()}/{name}", headers={"Accept-Encoding": encoding})
         assert response.status_code == 200
+        assert response.headers.get("Content-Encoding", "") == encoding
+        assert (gzip.decompress(response.data) if encoding else response.data) == static_files()[name]
+        assert int(re.search(r"max-age=(\d+)", response.headers["Cache-Control"])[1]) > 86400
         assert response.mimetype == ("text/css" if name.endswith(".css") else "text/javascript")
     assert client.get("/tb/data/plugin/trainrt/../../../loader.py").status_code == 404
+
+
+def test_a_browser_may_keep_files_because_changed_ones_are_elsewhere(monkeypatch):
+    before, own = digest(), static_files()
+    assert digest() == before
+    monkeypatch.setattr(files, "static_files", lambda: {**own, "page.js": own["page.js"] + b" "})
+    assert digest() != before
+
+
+def test_the_frame_asks_for_every_module_at_once():
+    named = re.search(r"MODULES = \[(.*?)\]", static_files()["index.js"].decode(), re.DOTALL)[1]
+    asked_for = {f"{name}.js" for name in re.findall(r"'(\w+)'", named)}
+    assert asked_for == {name for name in static_files() if name.endswith(".js")} - {"index.js", "embedded.js"}
 
 
 def test_the_pages_fetch_nothing_from_elsewhere():

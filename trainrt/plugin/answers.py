@@ -53,6 +53,33 @@ def run(plugin, experiment: str, asked: Mapping[str, str]) -> dict[str, Any]:
         }
 
 
+def first(plugin, experiment: str, asked: Mapping[str, str]) -> bytes:
+    """All that the page draws first, in one answer: `runs`, `run`, and the answers of `map` and `scalars` as bytes.
+
+    Of the newest run where none is named, and of what there is where the address asks for something that is not there;
+    `view` says what was taken.
+    """
+    names = plugin.source(experiment).names()
+    if not names:
+        return wire.pack({"runs": names, "run": None, "view": {}}, {})
+    view: dict[str, Any] = {"run": asked["run"] if asked.get("run") in names else names[0]}
+    told = run(plugin, experiment, view)
+    arrays = {}
+    if told.get("windows"):
+        known = [one["name"] for one in told["statistics"]]
+        usual = "update_ratio" if "update_ratio" in known else known[0]
+        view["group"] = asked["group"] if asked.get("group") in told["rows"] else "layers"
+        view["statistic"] = asked["statistic"] if asked.get("statistic") in known else usual
+        view["first"], view["last"] = (
+            _number(asked, name, step) for name, step in zip(("first", "last"), told["steps"], strict=True)
+        )
+        columns = {"columns": asked["columns"]} if asked.get("columns") else {}
+        query = {**{name: str(value) for name, value in view.items()}, **columns}
+        parts = {"map": map_(plugin, experiment, query), "scalars": scalars(plugin, experiment, query)}
+        arrays = {name: np.frombuffer(part, np.uint8) for name, part in parts.items()}
+    return wire.pack({"runs": names, "run": told, "view": view}, arrays)
+
+
 def pulse(plugin, experiment: str, asked: Mapping[str, str]) -> dict[str, Any]:
     try:
         found = plugin.opened(experiment, _text(asked, "run"))
@@ -79,9 +106,8 @@ def lines(plugin, experiment: str, asked: Mapping[str, str]) -> bytes:
         raise Refused(400, f"`rows` are up to {MOST_ROWS} numbers under {count}. Received: {_text(asked, 'rows')}.")
     rows = [int(w) for w in wanted]
     arrays = {}
-    for name, table in zip(names, found.tables.get(group, names), strict=True):
-        narrow = tables.Table(table.values[:, rows], table.states[:, rows])
-        low, mean, high, states = tables.reduce(narrow, cut, tables.kind(name) in ("ratio", "log"))
+    for name, table in zip(names, found.tables.get(group, names, rows), strict=True):
+        low, mean, high, states = tables.reduce(table, cut, tables.kind(name) in ("ratio", "log"))
         planes = np.stack([low, mean, high])
         planes[:, (states == tables.MISSING)] = np.nan
         arrays[name] = planes.astype("<f4")
@@ -103,6 +129,7 @@ def compare(plugin, experiment: str, asked: Mapping[str, str]) -> dict[str, Any]
 
 
 ROUTES: dict[str, Callable] = {
+    "first": first,
     "runs": runs,
     "run": run,
     "pulse": pulse,
@@ -137,9 +164,9 @@ def picture(kept: tables.Tables, group: str, statistic: str, cut: tables.Columns
 
 
 def scalar_lines(kept: tables.Tables, cut: tables.Columns) -> bytes:
-    """All scalars, and the share of clipped weights: [3, C] float32 each, minimum, mean and maximum."""
+    """All scalars, where the run clips the share of clipped weights too: [3, C] float32 each, minimum, mean, maximum."""
     recorded, arrays = kept.run, {}
-    if "clip_share" in recorded.statistics:
+    if "clip_share" in recorded.statistics and clips(recorded):
         [table] = kept.get("weights", ["clip_share"])
         share = tables.mean_over_rows(table.values)
         mean, low, high = tables.reduce_scalar(np.repeat(share[:, None], 3, axis=1), cut).T
@@ -149,6 +176,12 @@ def scalar_lines(kept: tables.Tables, cut: tables.Columns) -> bytes:
         mean, low, high = tables.reduce_scalar(columns, cut).T
         arrays[name] = np.stack([low, mean, high]).astype("<f4")
     return wire.pack({"edges": cut.edges}, {**arrays, "extents": cut.extents.astype("<f8")})
+
+
+def clips(run: Run) -> bool:
+    """Whether the passport says that the run clips; the page draws the share of clipped weights only where it does."""
+    fit = run.environment.get("fit")
+    return isinstance(fit, Mapping) and bool(fit.get("clip"))
 
 
 def compared(left: Run, right: Run, *findings: list[dict[str, Any]]) -> dict[str, Any]:

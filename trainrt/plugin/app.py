@@ -2,6 +2,7 @@
 
 | route      | asks                                             | answer                                         |
 |------------|--------------------------------------------------|------------------------------------------------|
+| `first`    | what `map` asks, as far as it is known           | all that is drawn first: runs, run, map, scalars |
 | `runs`     |                                                  | names, the newest first                        |
 | `run`      | run                                              | JSON: `summary.summary`, or what is wrong      |
 | `pulse`    | run                                              | JSON: how far it has come; cheap, asked often  |
@@ -13,6 +14,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import logging
 import threading
 from collections import OrderedDict
@@ -25,7 +28,7 @@ from werkzeug import wrappers
 
 from trainrt.plugin import answers
 from trainrt.plugin.answers import Refused
-from trainrt.plugin.files import MIME, static_files
+from trainrt.plugin.files import MIME, digest, static_files
 from trainrt.plugin.sources import Files, Loaded, Source, local
 from trainrt.plugin.summary import Judge
 from trainrt.plugin.tables import Tables
@@ -33,6 +36,10 @@ from trainrt.plugin.wire import dumps
 
 OPENED = 8
 """Runs that stay open."""
+
+FILES = digest()
+"""Where the page's own files are: another version's are elsewhere, so that a browser may keep them."""
+KEPT_S = 30 * 24 * 3600
 
 _log = logging.getLogger(__name__)
 
@@ -58,21 +65,36 @@ class TrainrtPlugin(base_plugin.TBPlugin):
         self._sources: dict[str, Source] = {}
         self._opened: OrderedDict[tuple[str, str], Opened] = OrderedDict()
         self._lock = threading.Lock()
+        self._warmed = ""
 
     def get_plugin_apps(self) -> dict[str, Callable]:
-        apps = {f"/{name}": self._static(name, data) for name, data in static_files().items()}
+        apps = {f"/{FILES}/{name}": self._static(name, data) for name, data in static_files().items()}
         apps |= {f"/api/{name}": self._answer(function) for name, function in answers.ROUTES.items()}
         return apps
 
     def is_active(self) -> bool:
-        """Whether any run has a record."""
+        """Whether any run has a record. Asked by a browser that begins to load TensorBoard."""
         try:
-            return bool(self.source("").names())
+            return self.warm()
         except Exception:
             return False
 
+    def warm(self) -> bool:
+        """Whether there are runs. The newest, which the page will most likely show, is opened by a thread meanwhile."""
+        names = self.source("").names()
+        if names and names[0] != self._warmed:
+            self._warmed = names[0]
+            threading.Thread(target=self._warm, args=(names[0],), daemon=True).start()
+        return bool(names)
+
+    def _warm(self, name: str) -> None:
+        with contextlib.suppress(Exception), np.errstate(all="ignore"):
+            answers.first(self, "", {"run": name})
+
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
-        return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="Training", disable_reload=True)
+        return base_plugin.FrontendMetadata(
+            es_module_path=f"/{FILES}/index.js", tab_name="Training", disable_reload=True
+        )
 
     def source(self, experiment: str) -> Source:
         """Where the runs of an experiment are."""
@@ -113,9 +135,12 @@ class TrainrtPlugin(base_plugin.TBPlugin):
         return found
 
     def _static(self, name: str, data: bytes) -> Callable:
+        packed = gzip.compress(data, 9, mtime=0)  # once; TensorBoard would do it for each request
+
         @wrappers.Request.application
         def app(request):
-            return http_util.Respond(request, data, MIME[name[name.rindex(".") :]])
+            kind = MIME[name[name.rindex(".") :]]
+            return http_util.Respond(request, packed, kind, expires=KEPT_S, content_encoding="gzip")
 
         return app
 

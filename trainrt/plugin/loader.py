@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 from tensorboard.plugins import base_plugin
 
@@ -31,8 +32,12 @@ class TrainrtLoader(base_plugin.TBLoader):
         """The plugin, or None with a warning when it cannot be loaded."""
         try:
             from trainrt.plugin.app import TrainrtPlugin
+            from trainrt.plugin.sources import local
 
-            return TrainrtPlugin(context)
+            plugin = TrainrtPlugin(context)
+            if local(getattr(context.flags, "logdir", ""), getattr(context.flags, "logdir_spec", "")):
+                threading.Thread(target=plugin.is_active, daemon=True).start()  # which cannot raise
+            return plugin
         except Exception:
             logging.getLogger(__name__).warning("TensorBoard goes without trainrt's page.", exc_info=True)
             return None
