@@ -164,7 +164,7 @@ def picture(kept: tables.Tables, group: str, statistic: str, cut: tables.Columns
 
 
 def scalar_lines(kept: tables.Tables, cut: tables.Columns) -> bytes:
-    """All scalars, where the run clips the share of clipped weights too: [3, C] float32 each, minimum, mean, maximum."""
+    """[3, C] float32 of each scalar, and where there is a clip of the clipped share: minimum, mean and maximum."""
     recorded, arrays = kept.run, {}
     if "clip_share" in recorded.statistics and clips(recorded):
         [table] = kept.get("weights", ["clip_share"])
