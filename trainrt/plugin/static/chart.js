@@ -33,6 +33,7 @@ export class Chart {
     this.view = view;
     const seen = view.series.flatMap((s) => [...s.low, ...s.high, ...s.mean]).filter(Number.isFinite);
     let [low, high] = [Math.min(...spread(seen)), Math.max(...spread(seen))];
+    this.level = low === high ? low : null; // a curve that does not move has one label, not the ends of an empty range
     if (view.unit === 'share') [low, high] = [0, Math.max(high, 0.01) > 0.5 ? 1 : Math.max(high * 1.15, 0.01)];
     else if (view.zone) [low, high] = [Math.min(low, view.zone[0] - 0.4), Math.max(high, view.zone[1] + 0.4)];
     else if (view.log && high - low < 0.6) [low, high] = [(low + high) / 2 - 0.3, (low + high) / 2 + 0.3];
@@ -128,6 +129,7 @@ export class Chart {
 
   labels() {
     const [low, high] = this.range;
+    if (this.level !== null && this.view.unit !== 'share' && !this.view.zone) return [[this.level, this.text(this.level)]];
     if (!this.view.log) return [low, (low + high) / 2, high].map((v) => [v, this.text(v)]);
     const all = [];
     for (let e = Math.ceil(low); e <= Math.floor(high); e += 1) all.push([e, power(e)]);

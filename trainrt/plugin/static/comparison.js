@@ -1,9 +1,11 @@
 // Two runs on the same steps and scale: the other one's map, the difference of both, and what differs in their passports.
+import { Chart, column } from './chart.js';
 import { Heatmap } from './heatmap.js';
 import { el } from './dom.js';
 import { legend } from './legend.js';
 import { count, short } from './numbers.js';
 import { scaleOf } from './scale.js';
+import { colour } from './theme.js';
 import { chosen, describe, domain, ordered } from './map.js';
 import { decode, MISSING, STATE } from './wire.js';
 
@@ -13,18 +15,19 @@ export class Comparison {
     this.own = new Heatmap('Map of this run', does);
     this.other = new Heatmap('Map of the other run', does);
     this.difference = new Heatmap('Difference of the two runs', does);
+    this.loss = new Chart('Loss of both', does, { height: 110 });
     this.legend = el('div', {});
     this.said = el('p', { class: 'said' });
     this.table = el('div', {});
     this.ranked = el('div', { class: 'ranked' });
     this.names = [el('h3', {}), el('h3', {}), el('h3', {})];
     this.node = el('section', { 'aria-labelledby': 'compare-title', hidden: true },
-      el('div', { class: 'bar-head' }, el('h2', { id: 'compare-title' }, 'Comparison')), this.ranked, this.said,
+      el('div', { class: 'bar-head' }, el('h2', { id: 'compare-title' }, 'Comparison')), this.ranked, this.said, this.loss.node,
       this.names[0], this.own.node, this.names[1], this.other.node, this.names[2], this.legend, this.difference.node, this.table);
   }
 
   // `mine` and `yours` are pictures with the same edges; rows are matched by their paths.
-  update({ run, versus, mine, yours, told, labels, scale, width }) {
+  update({ run, versus, mine, yours, scalars, others, told, labels, scale, width }) {
     const { place } = this, rows = versus.rows[place.group] || versus.rows.layers, theirs = rows.map((r) => r.path);
     const order = ordered(mine, place.order), picked = chosen(labels, place.rows);
     const matched = match(mine, yours, labels, theirs);
@@ -42,11 +45,23 @@ export class Comparison {
     this.legend.replaceChildren(legend(colours));
     this.difference.update({ ...shared, show: 'mean', picture: apart, scale: colours, marks: first,
       describe: (v) => (apart.kind === 'difference' ? `${short(10 ** v)} times as large` : `${short(v)} more`) });
+    this.loss.node.hidden = !(scalars.arrays.loss && others.arrays.loss);
+    if (!this.loss.node.hidden) {
+      const series = [[versus.name, others, 'series1'], [run.name, scalars, 'accent']];
+      this.loss.update({ width, edges: scalars.edges, series: series.map(([name, from, hue]) => ({ name, colour: colour(hue), ...along(scalars.edges, from) })) });
+    }
     this.said.textContent = sentence(told);
     this.ranked.replaceChildren(...explanations(told, run.name, versus.name));
     this.table.replaceChildren(told.passport.length ? table(told.passport, run.name, versus.name)
       : el('p', { class: 'empty' }, 'The passports say the same.'));
   }
+}
+
+// The loss of a run in the columns of the other one's picture: each run of a report has columns of its own.
+function along(edges, { arrays: { loss }, edges: own }) {
+  const n = loss.shape[1], at = Array.from({ length: edges.length - 1 }, (_, i) => column(own, (edges[i] + edges[i + 1] - 1) / 2));
+  const [low, mean, high] = [0, 1, 2].map((k) => Float32Array.from(at, (c) => (c < 0 ? NaN : loss[k * n + c])));
+  return { low, mean, high };
 }
 
 function sentence(told) {
@@ -67,7 +82,7 @@ function explanations(told, run, versus) {
     el('h3', {}, likely.length ? `What most likely explains that ${bad} (BAD) differs from ${good} (GOOD)` : told.verdict),
     likely.length ? el('ol', { 'aria-label': 'Explanations, likeliest first' }, ...likely) : '',
     el('p', {}, told.start),
-    told.departures.length ? el('p', {}, `BAD leaves the band in which GOOD moves: ${told.departures.join('; ')}.`) : '',
+    ...(told.departures.length ? [el('p', {}, 'BAD leaves the band in which GOOD moves:'), el('ul', {}, ...told.departures.map((each) => el('li', {}, each)))] : []),
   ];
 }
 

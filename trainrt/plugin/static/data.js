@@ -56,7 +56,7 @@ function table(data) {
   const shared = data.overlap?.sampled_rows ? el('p', { class: 'sub' }, data.overlap.shared
     ? `${percent(data.overlap.share)} of the validation rows that were compared (${count(data.overlap.sampled_rows)}) are training rows too.`
     : `None of the ${count(data.overlap.sampled_rows)} validation rows that were compared is a training row.`) : null;
-  return el('details', { open: true }, el('summary', {}, 'data'), shared,
+  return el('details', { open: true }, el('summary', {}, 'What the data looked like'), shared,
     el('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'What the data looked like' }, el('table', {},
       el('thead', {}, el('tr', {}, ...head.map((name) => (name ? el('th', { scope: 'col' }, name) : el('td', {}))))),
       el('tbody', {}, ...names.map((name) => el('tr', {}, el('th', { scope: 'row' }, name), el('td', {}, train.get(name) ?? '-'),

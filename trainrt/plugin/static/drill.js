@@ -96,7 +96,7 @@ export class Drill {
     for (const [name, chart] of this.scalarCharts) {
       const values = scalars.arrays[name];
       if (!values) continue;
-      const n = values.shape[1], part = (k) => values.subarray(k * n, (k + 1) * n), log = /_norm$/.test(name);
+      const n = values.shape[1], part = (k) => values.subarray(k * n, (k + 1) * n), log = /_norm$|^step_s$/.test(name);
       const scale = log ? (a) => a.map((v) => Math.log10(v)) : (a) => a;
       chart.update({ ...shared, edges: scalars.edges, log, unit: name === 'clip_share' ? 'share' : '',
         series: [{ name: '', colour: colour('accent'), low: scale(part(0)), mean: scale(part(1)), high: scale(part(2)) }] });

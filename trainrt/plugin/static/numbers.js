@@ -30,7 +30,8 @@ export const steps = (first, last) =>
 export const words = (name) => name.replaceAll('_', ' ');
 
 const TITLES = {
-  update_ratio: 'update / weight', gradient_ratio: 'gradient / weight', step_s: 'seconds a step',
+  update_ratio: 'update / weight', gradient_ratio: 'gradient / weight', step_s: 'seconds a step', input_wait_s: 'seconds a step waits for its batch',
+  between_s: 'seconds between calls',
   unchanged_share: 'unchanged elements', rounded_share: 'rounded away', norm_share: 'share of the global norm',
 };
 export const title = (name) => TITLES[name] || words(name);

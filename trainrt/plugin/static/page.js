@@ -230,7 +230,7 @@ class Page {
     const { picture, scalars, lines, labels, rows } = this.shown, width = this.width;
     this.map.update(this.run, picture, width, this.step);
     this.drill.update(this.run, labels, rows, scalars, lines, width, this.step);
-    if (this.compared) this.comparison.update({ ...this.compared, mine: picture, labels, scale: this.map.scale, width });
+    if (this.compared) this.comparison.update({ ...this.compared, mine: picture, scalars, labels, scale: this.map.scale, width });
   }
 
   async compare(view, picture, asked) {
@@ -244,11 +244,12 @@ class Page {
       return;
     }
     const [a, b] = picture.edges;
-    const [yours, told] = await Promise.all([
-      source.map({ ...view, run: place.versus, first: a, last: b - 1, statistic: place.statistic, columns: picture.columns, exact: 1 }),
+    const there = { ...view, run: place.versus, first: a, last: b - 1, columns: picture.columns, exact: 1 };
+    const [yours, others, told] = await Promise.all([
+      source.map({ ...there, statistic: place.statistic }), source.scalars(there),
       source.compare({ run: place.run, versus: place.versus })]);
     if (asked !== this.asked) return;
-    this.compared = { run: this.run, versus, yours, told };
+    this.compared = { run: this.run, versus, yours, others, told };
     this.redraw();
   }
 
