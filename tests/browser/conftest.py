@@ -27,6 +27,25 @@ FLAGS = [
 ]
 
 
+HOME = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
+PREFERENCES = {
+    "devtools.console.stdout.content": True,
+    "browser.dom.window.dump.enabled": True,
+    "app.normandy.enabled": False,
+    "app.update.disabledForTesting": True,
+    "browser.shell.checkDefaultBrowser": False,
+    "browser.startup.page": 0,
+    "datareporting.policy.dataSubmissionEnabled": False,
+    "messaging-system.rsexperimentloader.enabled": False,
+    "network.captive-portal-service.enabled": False,
+    "network.connectivity-service.enabled": False,
+    "network.dns.disablePrefetch": True,
+    "services.settings.server": "",
+    "toolkit.telemetry.enabled": False,
+}
+"""Of a Firefox that says on its output what its console says, and asks nobody anything."""
+
+
 class Writer:
     """Writes a run to an event file, piece by piece."""
 
@@ -64,7 +83,14 @@ class Server:
         where = () if any(option.startswith("--logdir") for option in options) else (f"--logdir={logdir}",)
         self.url = f"http://127.0.0.1:{port}/"
         self.process = subprocess.Popen(
-            [sys.executable, *(["-m", "tensorboard.main"] if plain else ["-c", LIGHT]), *where, f"--port={port}", "--reload_interval=1", *options],
+            [
+                sys.executable,
+                *(["-m", "tensorboard.main"] if plain else ["-c", LIGHT]),
+                *where,
+                f"--port={port}",
+                "--reload_interval=1",
+                *options,
+            ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1"},

@@ -38,7 +38,7 @@ def ask(server, route, **query):
 
 
 def test_the_profile_tab_shows_the_steps_and_the_phases(browser, serve, traced):
-    server = serve(traced)
+    server = serve(traced, plain=True)
     runs = ask(server, "runs")
     assert len(runs) == 1
     tools = ask(server, "run_tools", run=runs[0])
