@@ -1,11 +1,14 @@
 """TensorBoard in a process of its own, and a headless Chromium that reaches nothing but it."""
 
+import http.server
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -81,16 +84,11 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         where = () if any(option.startswith("--logdir") for option in options) else (f"--logdir={logdir}",)
-        self.url = f"http://127.0.0.1:{port}/"
+        prefix = next((option.partition("=")[2] for option in options if option.startswith("--path_prefix=")), "")
+        self.url = f"http://127.0.0.1:{port}{prefix}/"
+        program = ["-m", "tensorboard.main"] if plain else ["-c", LIGHT]
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                *(["-m", "tensorboard.main"] if plain else ["-c", LIGHT]),
-                *where,
-                f"--port={port}",
-                "--reload_interval=1",
-                *options,
-            ],
+            [sys.executable, *program, *where, f"--port={port}", "--reload_interval=1", *options],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1"},
@@ -106,6 +104,55 @@ class Server:
     def stop(self):
         self.process.terminate()
         self.process.wait(20)
+
+
+class Proxy:
+    """Hands what comes below an address of its own on to a server, as notebooks do: /proxy/6006/ is its /."""
+
+    def __init__(self, server, below="/proxy/6006/"):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                if self.path == "/notebook":
+                    page = f'<!doctype html><iframe src="{below}#trainrt" width="1200" height="800"></iframe>'.encode()
+                    self.answer(200, {"Content-Type": "text/html"}, page)
+                elif self.path.startswith(below):
+                    sent = ("Accept-Encoding", "Content-Type")
+                    headers = {name: self.headers[name] for name in sent if self.headers.get(name)}
+                    body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or None
+                    inner = urllib.request.Request(server.url + self.path.removeprefix(below), body, headers)
+                    try:
+                        with urllib.request.urlopen(inner) as found:
+                            self.answer(found.status, found.headers, found.read())
+                    except urllib.error.HTTPError as error:
+                        self.answer(error.code, error.headers, error.read())
+                else:
+                    self.answer(200 if self.path == "/favicon.ico" else 404, {}, b"")
+
+            do_POST = do_GET
+
+            def answer(self, code, headers, body):
+                self.send_response(code)
+                for name in ("Content-Type", "Content-Encoding", "Content-Security-Policy", "Cache-Control"):
+                    if headers.get(name):
+                        self.send_header(name, headers[name])
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.root = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = self.root + below
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self):
+        self._server.shutdown()
+        self._server.server_close()
 
 
 @pytest.fixture(scope="session")
@@ -143,15 +190,15 @@ def server(browser, logdir):
 
 @pytest.fixture
 def serve(browser):
-    """Starts further servers, which stop with the test."""
+    """Starts further servers, or proxies of servers, which stop with the test."""
     started = []
 
     def start(*arguments, **keywords):
-        started.append(Server(*arguments, **keywords))
+        started.append(Proxy(*arguments) if isinstance(arguments[0], Server) else Server(*arguments, **keywords))
         return started[-1]
 
     yield start
-    for each in started:
+    for each in started[::-1]:
         each.stop()
 
 
@@ -169,6 +216,13 @@ class Tab:
     def go(self, server, place="#trainrt"):
         self.page.goto(server.url + place)
         self.frame = self.page.frame_locator('iframe[src*="name=trainrt"]')
+        self.frame.locator("body[data-ready]").wait_for(timeout=30_000)
+        return self
+
+    def go_around(self, url):
+        """Opens a page that has TensorBoard in a frame of its own, as a notebook has."""
+        self.page.goto(url)
+        self.frame = self.page.frame_locator("iframe").frame_locator('iframe[src*="name=trainrt"]')
         self.frame.locator("body[data-ready]").wait_for(timeout=30_000)
         return self
 

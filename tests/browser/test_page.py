@@ -223,6 +223,41 @@ def test_every_window_is_there_where_only_tensorboard_has_the_logs(tab, serve, t
     assert (told["windows"], told["end"]["how"]) == (3000, "finished")
 
 
+@pytest.mark.parametrize("reader", ["--load_fast=true", "--load_fast=false"])
+@pytest.mark.parametrize("way", ["prefix", "proxy", "notebook"])
+def test_the_page_is_the_same_below_another_address(tab, serve, tmp_path, way, reader):
+    for name in ("one", "two"):
+        Writer(tmp_path / name, Run.synthetic(60, ["a/kernel", "b/kernel"])).windows(0, 60).close()
+    server = serve(tmp_path, reader, *(["--path_prefix=/team/board"] if way == "prefix" else []))
+    where = server if way == "prefix" else serve(server)
+    page = tab()
+    if way == "notebook":
+        page.go_around(f"{where.root}/notebook")
+    else:
+        page.go(where, "#trainrt&first=5&last=14")
+        assert page.text(".range").startswith("steps 5 to 14")
+    assert page.text("h1") == "No rule found a fault"
+    page.after(lambda: page.frame.get_by_label("Compare with").select_option(index=1))
+    assert "The losses are the same bits" in page.text("#compare-title >> xpath=../../p")
+    page.after(lambda: page.frame.get_by_label("Statistic").select_option("weight_norm"))
+    chart = page.frame.locator(MAP)
+    chart.focus()
+    page.after(lambda: chart.press("+"))
+    assert page.text(".range").startswith("steps")
+
+
+def test_the_first_picture_takes_one_answer(tab, serve, tmp_path):
+    run = Run.synthetic(60, ["a/kernel", "b/kernel"])
+    Writer(tmp_path / "one", run).windows(0, 60).close()
+    page = tab()
+    asked = []
+    page.page.on("request", lambda r: asked.append(r.url.partition("/api/")[2].partition("?")[0]))
+    page.go(serve(tmp_path), "#trainrt&group=weights&statistic=gradient_norm&first=5&last=14")
+    assert list(filter(None, asked)) == ["first", "lines"]
+    assert page.text(".range").startswith("steps 5 to 14")
+    assert page.frame.get_by_label("Statistic").input_value() == "gradient_norm"
+
+
 def test_zero_missing_and_nonfinite_have_colours_of_their_own(tab, serve, tmp_path):
     ratio = np.full((8, 4), 1e-3)
     ratio[:, 1], ratio[:, 2] = 0.0, np.nan
