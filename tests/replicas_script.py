@@ -83,6 +83,18 @@ def equal(scope, optimizer, clip, logdir=None):
     return trained(classifier(scope, optimizer), clip=float(clip) or None, logdir=logdir)
 
 
+def traced(scope, logdir):
+    """What the trace of four steps says, and whether the training is that without one."""
+    plain, model = classifier(scope, "adam"), classifier(scope, "adam")
+    given = {"epochs": 1, "validation_data": None, "clip": 0.3}
+    without = trained(plain, **given)
+    x, y = data()
+    history = trainrt.fit(model, x, y, batch_size=24, verbose=0, clip=0.3, logdir=logdir, trace=(4, 8))
+    weights = np.concatenate([np.ravel(w) for w in model.get_weights()])
+    told = [dict(d.content) for d in history.run.documents if d.kind == "trace"]
+    return {"told": told, "apart": float(np.abs(weights - without["weights"]).max())}
+
+
 def masks(scope):
     """One row of ones a replica, through dropout: an element of the gradient is zero where every mask is."""
     n = scope.num_replicas_in_sync
