@@ -12,7 +12,9 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 import trainrt
 from trainrt import trace, trace_reading
 from trainrt.device_words import trace_lines
+from trainrt.findings import diagnose, findings_of_time
 from trainrt.phases import PHASES, Scopes, layers_of
+from trainrt.record import Document
 
 START, STOP = 6, 11
 
@@ -344,31 +346,106 @@ def test_own_time_of_a_stage_leaves_out_the_stages_below_it():
     assert {k: round(v * 1e12) for k, v in stages.items()} == {"Root": 50, "Root::Map": 40, "Root::Map::Batch": 10}
 
 
-def test_kernels_of_a_gpu_are_counted_and_its_idle_time_is_told():
+MS = 10**9
+"""Picoseconds."""
+
+
+def gpu_trace(kernel_ms, every_ms, kernels=2, steps=4, waits_ms=0.0):
+    """The trace of a card that runs `kernels` of so many ms in a step of 10 ms, one each `every_ms`, on one stream."""
     space = xplane_pb2.XSpace()
     host = space.planes.add(name=trace_reading.HOST)
-    host.event_metadata[1].name = trace_reading.MARKER
+    host.event_metadata[1].name, host.event_metadata[2].name = trace_reading.MARKER, trace_reading.INPUT
     host.stat_metadata[1].name = "step_num"
     python = host.lines.add(name="python")
     gpu = space.planes.add(name="/device:GPU:0 (Tesla)")
     gpu.stat_metadata[1].name = "tf_op"
-    stream = gpu.lines.add(name="Stream #7(Compute)")
-    ms = 10**9
-    for n, name in enumerate(("net/dense/MatMul:MatMul", "gradient_tape/net/dense/MatMul:MatMul"), start=1):
+    stream, copies = gpu.lines.add(name="Stream #7(Compute)"), gpu.lines.add(name="Stream #9(MemcpyH2D)")
+    names = ("net/dense/MatMul:MatMul", "gradient_tape/net/dense/MatMul:MatMul", "adam/Mul:Mul")
+    for n, name in enumerate(names, start=1):
         gpu.event_metadata[n].name = f"sgemm_{n}"
         gpu.event_metadata[n].stats.add(metadata_id=1, str_value=name)
-    for step in range(4):
-        event = python.events.add(metadata_id=1, offset_ps=step * 10 * ms, duration_ps=8 * ms)
+    gpu.event_metadata[9].name = "MemcpyH2D"
+    for step in range(steps):
+        begin = step * 10 * MS
+        event = python.events.add(metadata_id=1, offset_ps=begin, duration_ps=8 * MS)
         event.stats.add(metadata_id=1, int64_value=step)
-        for n in (1, 2):
-            stream.events.add(metadata_id=n, offset_ps=(step * 10 + 3 * n - 2) * ms, duration_ps=1 * ms)
-    told, annotated = trace_reading.read(space.SerializeToString(), Scopes(layers={"net/dense": "dense"}))
+        if waits_ms:
+            python.events.add(metadata_id=2, offset_ps=begin, duration_ps=int(waits_ms * MS))
+        copies.events.add(metadata_id=9, offset_ps=begin, duration_ps=1000)
+        for n in range(kernels):
+            offset = begin + int((waits_ms + 0.5 + n * every_ms) * MS)
+            stream.events.add(metadata_id=1 + n % len(names), offset_ps=offset, duration_ps=int(kernel_ms * MS))
+    return space.SerializeToString()
+
+
+def told_of(trace_bytes):
+    return trace_reading.read(trace_bytes, Scopes(("adam",), layers={"net/dense": "dense"}))
+
+
+def test_kernels_of_a_gpu_are_counted_and_its_idle_time_is_told():
+    told, annotated = told_of(gpu_trace(kernel_ms=1, every_ms=3))
     assert told["device"]
-    assert told["kernels"] == pytest.approx({"a_step": 2, "median_s": 1e-3, "busy_s": 2e-3})
-    assert told["share"]["idle"] == pytest.approx(1 - 8 / 38)
+    assert told["kernels"] == pytest.approx({"a_step": 2, "median_s": 1e-3, "busy_s": 2e-3}), "copies are no kernels"
+    assert told["share"]["idle"] == pytest.approx(1 - 8 / 38, rel=1e-4)
     assert told["phase_s"]["forward"] == pytest.approx(told["phase_s"]["backward"]) == pytest.approx(1e-3)
     assert told["layers"] == pytest.approx({"dense": 2e-3})
+    assert {op["kind"] for op in told["ops"]} >= {"sgemm_1", "sgemm_2"}
     assert "trainrt" in str(xplane_pb2.XSpace.FromString(annotated))
+    lines = trace_lines({"steps": [0, 3], **told})
+    assert any("the GPU idle 79%" in line for line in lines)
+    assert any("2 kernels a step" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("card", "bound"),
+    [
+        ({"kernel_ms": 0.004, "every_ms": 0.02, "kernels": 300}, True),
+        ({"kernel_ms": 0.018, "every_ms": 0.02, "kernels": 450}, False),  # short kernels, but no gaps between them
+        ({"kernel_ms": 1.0, "every_ms": 3.0}, False),  # idle, but not for launches
+        ({"kernel_ms": 0.004, "every_ms": 0.02, "kernels": 60, "waits_ms": 7.0}, False),  # it waits for its input
+    ],
+)
+def test_a_launch_bound_card_is_found_by_its_trace_alone(card, bound):
+    told, _ = told_of(gpu_trace(**card))
+    run = trainrt.Run.synthetic(steps=8, documents=[Document("trace", 3, {"steps": [0, 3], **told})])
+    found = [finding.rule for finding in findings_of_time(diagnose(run))]
+    assert found == (["launch_bound"] if bound else [])
+
+
+def test_a_phase_that_grew_from_one_trace_to_the_next_is_named():
+    traces = [told_of(gpu_trace(kernel_ms=ms, every_ms=3))[0] for ms in (0.5, 2.5)]
+    told = [
+        Document("trace", step, {"steps": [step - 4, step - 1], **t}) for step, t in zip((40, 360), traces, strict=True)
+    ]
+    run = trainrt.Run.synthetic(steps=400, scalars={"step_s": np.repeat([0.02, 0.1], 200)}, documents=told)
+    (finding,) = [f for f in diagnose(run) if f.rule == "slow_down"]
+    assert "forward" in finding.message or "backward" in finding.message
+
+
+def test_a_card_that_may_not_be_traced_is_one_line_in_the_report(tmp_path):
+    space = xplane_pb2.XSpace.FromString(gpu_trace(kernel_ms=1, every_ms=3))
+    del space.planes[1]  # CUPTI is not there, or not for this user: TensorFlow writes the host's part
+    (tmp_path / "t.xplane.pb").write_bytes(space.SerializeToString())
+    told = trace._told(str(tmp_path), None, Scopes(), {"steps": [0, 3], "gpus": 1})
+    assert told["steps_seen"] == 4
+    assert told["share"]["idle"] is None
+    (line,) = [line for line in trace_lines(told) if "CUPTI" in line]
+    assert "NVreg_RestrictProfilingToAdminUsers=0" in line
+    assert not tmp_path.exists(), "nothing is left behind"
+
+
+def test_a_profiler_that_cannot_stop_costs_a_line_and_not_the_training(monkeypatch):
+    stop = tf.profiler.experimental.stop
+
+    def broken(*arguments):
+        stop(save=False)
+        raise tf.errors.InternalError(None, None, "no space left on device")
+
+    monkeypatch.setattr(tf.profiler.experimental, "stop", broken)
+    with pytest.warns(RuntimeWarning, match="was lost, training goes on: no space left"):
+        history = fit(model_of(), trace=(START, STOP))
+    assert traces(history) == []
+    assert history.run.steps[-1, 1] == 15
 
 
 def test_a_scope_that_is_numbered_belongs_to_the_layer_whose_weight_it_reads():
