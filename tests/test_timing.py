@@ -12,6 +12,7 @@ import tensorflow as tf
 import trainrt
 from trainrt import timing
 from trainrt.retracing import Retracing
+from trainrt.step import Step
 from trainrt.timing import Timing
 
 
@@ -60,6 +61,52 @@ def test_steps_and_waits_are_those_of_the_clock_in_the_loop():
     assert np.isnan(gathered[:, 1]).all(), "what the loop gathers by itself is not waited for"
     unknown = clock.call(6, 4, 30.0, 32.0, None)
     np.testing.assert_allclose(unknown[:, 0], 0.5)
+
+
+def test_short_steps_are_clocked_in_one_call_of_many_and_the_waits_of_the_others_estimated(monkeypatch):
+    monkeypatch.setattr(timing, "SPARED_AFTER_S", 0.0)
+    short = timing.CLOCK_S / timing.CLOCK_SHARE / 2
+    clock, now, clocked = Timing(), 0.0, []
+    for number in range(4 * timing.ONE_IN):
+        ends = now + short * np.arange(1, 9)
+        rows = np.stack([ends - 0.75 * short, ends], axis=1)  # a quarter of each step is a wait
+        clocked.append(clock.clocks)
+        times = clock.call(8 * number, 8, now, ends[-1], rows if clocked[-1] else None)
+        np.testing.assert_allclose(times[:, :2], [[short, 0.25 * short]] * 8, rtol=1e-6)
+        now = ends[-1]
+    assert clocked[:2] == [True, True]
+    assert sum(clocked[8:]) == 3
+    parts = clock.seconds
+    assert parts["first_call"] == pytest.approx(16 * short), "the first call of each loop compiles it"
+    assert parts["input"] == pytest.approx(0.25 * (now - 16 * short))
+    assert clock.told()["input_known"]
+
+
+def test_steps_that_take_longer_are_clocked_each(monkeypatch):
+    monkeypatch.setattr(timing, "SPARED_AFTER_S", 0.0)
+    clock, long = Timing(), timing.CLOCK_S / timing.CLOCK_SHARE * 1.5
+    for number in range(50):
+        assert clock.clocks
+        clock.call(number, 1, number * long, (number + 1) * long, np.array([[number * long, (number + 1) * long]]))
+
+
+def test_a_loop_without_a_clock_trains_the_same_bits(monkeypatch):
+    seen, runs = [], []
+    run = Step.run
+    monkeypatch.setattr(Step, "run", lambda self, *given: (seen.append(given[-1]), run(self, *given))[1])
+    for after in (1e9, 0.0):
+        monkeypatch.setattr(timing, "SPARED_AFTER_S", after)
+        monkeypatch.setattr(timing, "CLOCK_S", 1.0)  # every step is short
+        dataset = tf.data.Dataset.from_tensor_slices(data(640)).batch(8)
+        model = model_of()
+        history = trainrt.fit(model, dataset, verbose=0, epochs=12, shuffle=False)
+        runs.append((model.get_weights(), history.run.scalar("loss")))
+        assert told(history)["input_known"]
+        assert not np.isnan(history.run.scalar("input_wait_s")).any()
+    assert set(seen) == {True, False}
+    for one, other in zip(*(weights for weights, _ in runs), strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(runs[0][1], runs[1][1])
 
 
 def test_straggling_steps_are_told_with_their_numbers():

@@ -32,7 +32,8 @@ CLOCK = True
 """Whether the loop notes when a batch was there and when a step was done; False only to measure what that costs."""
 
 CLOCKED_S = 4e-4
-"""Shortest step that is clocked one by one where no batch is waited for: the clock takes some 1.5 microseconds."""
+"""Shortest step that is clocked one by one where no batch is waited for: the clock takes some 1.5 microseconds. Where
+batches are waited for `timing` clocks one call in many of steps that turn out to be shorter."""
 
 
 class Outcome(NamedTuple):
@@ -240,7 +241,9 @@ class Step:
         reads = [(op.name, layer) for tensor, layer in known for op in tensor.consumers()]
         return phases.Scopes(names, phases.layers_of(reads))
 
-    def run(self, iterator, first: int, steps: int, singly: bool = False, marked: bool = False) -> Outcome:
+    def run(
+        self, iterator, first: int, steps: int, singly: bool = False, marked: bool = False, clocked: bool = True
+    ) -> Outcome:
         """Runs up to `steps` steps.
 
         Args:
@@ -249,6 +252,7 @@ class Step:
           steps: How many; at most `most`.
           singly: One a call, as a profiler wants them.
           marked: Whether each is put under a marker for the profiler.
+          clocked: Whether to take the time of each step whose batch is waited for, see `timing.Timing.clocks`.
         """
         if self.guard:
             self.guard.number.assign(first)
@@ -264,7 +268,7 @@ class Step:
             count, logs, vectors, clock = chunk(iterator.arrays, iterator.order, batch, begin, most)
             iterator.batch += int(count)
         else:
-            count, logs, vectors, clock = self._chunk(iterator, begin, most)
+            count, logs, vectors, clock = self._chunk(iterator, begin, most, clocked or self._several)
         ran = int(count)
         return self._outcome(ran, logs if ran else None, vectors[:ran], clock)
 
@@ -282,17 +286,18 @@ class Step:
         return self._chunks[key]
 
     @tf.autograph.experimental.do_not_convert
-    def _iterated(self, iterator, first, steps):
+    def _iterated(self, iterator, first, steps, clocked=True):
         """Up to `steps` steps on what the iterator gives."""
+        clocked = clocked and self._clocked
 
         def one(ran, train, keep):
             batch = iterator.get_next_as_optional()
             more = batch.has_value()
-            ready = _now_after(more) if self._clocked else None
+            ready = _now_after(more) if clocked else None
             logs, row = tf.cond(more, lambda: train(_without_optionals(batch.get_value())), lambda: keep)
             return more, ready, logs, row
 
-        ran, logs, rows, clock = self._loop(iterator.element_spec, one, first, steps, waits=True)
+        ran, logs, rows, clock = self._loop(iterator.element_spec, one, first, steps, clocked)
         if self._several and isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy):
             logs = replicas.mean_of_workers(self._strategy, logs)
         return ran, logs, rows, clock
@@ -312,20 +317,21 @@ class Step:
         """One step on a batch of resident arrays."""
         return step(resident.gather(arrays, order, batch, batch_size, element_spec))
 
-    def _loop(self, element_spec, one, first, steps, waits=False):
+    def _loop(self, element_spec, one, first, steps, clocked=None):
         """Steps until there are `steps` of them or the data ends -> (how many, last logs, [steps, D] vectors, clock).
 
         Args:
           one: (steps so far, train, keep) -> (whether there was a batch, when, logs, row): `train(batch)`, or `keep`.
-          waits: Whether it may have to wait for a batch.
+          clocked: Whether it takes the time of each step; None: where a step is so long that two timestamps do not
+            slow it down. What the loop gathers by itself is never waited for.
         """
         spec = _without_optionals(element_spec)
         step = self._observed if self.every else self._plain
         step = self._digested if self._digest_every == 1 else step
         keeping = self.every or self._digest_every
         logs_spec = step.get_concrete_function(spec).structured_outputs[0]
-        # What the loop gathers is never waited for; then a step that two timestamps would slow down goes without.
-        clocked = self._clocked and (waits or _seconds(step.get_concrete_function(spec)) > CLOCKED_S)
+        if clocked is None:
+            clocked = self._clocked and _seconds(step.get_concrete_function(spec)) > CLOCKED_S
         step, observed, plain = self._callable(step), self._callable(self._observed), self._callable(self._plain)
         rows = tf.TensorArray(tf.float64, size=steps if keeping else 0, element_shape=[self._row])
 

@@ -16,7 +16,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -30,8 +30,16 @@ looks into the model; profiling; and what is left of Python."""
 STRAGGLER, STRAGGLER_S = 4.0, 0.02
 """A step straggles that takes so many times the median of those before, and so many seconds more than it."""
 
-MEMORY, WORST = 512, 20
-"""Steps whose median a straggler is measured by, and how many stragglers are kept: the worst."""
+MEMORY, FRESH, WORST = 512, 32, 20
+"""Steps whose median a straggler is measured by, after how many it is taken again, and how many stragglers are kept:
+the worst."""
+
+CLOCK_S, CLOCK_SHARE = 2e-6, 0.005
+"""What the clock takes of a step whose batch is waited for (`benchmarks/trace.py`), and what it may take of it."""
+
+SPARED_AFTER_S, ONE_IN = 20.0, 16
+"""Steps too short for it are clocked in one call of so many, once a training has gone on for so long: the loop without
+a clock has to be compiled first, which takes some tenths of a second."""
 
 TELL_AGAIN = 2.0
 """A document is written at an epoch's end when the training has grown by this factor since the last one."""
@@ -54,8 +62,13 @@ class Timing:
         self.steps = 0
         self._calls = 0
         self._waited = False
-        self._recent: np.ndarray = np.zeros(0)
-        self._times: list[np.ndarray] = []
+        self._waited_share = 0.0
+        self._spared = False
+        self._unclocked = 0
+        self._counted = 0.0
+        self._recent: list[np.ndarray] = [np.zeros(0)]
+        self._fresh = 0
+        self._usual = float("nan")
         self._stragglers: list[dict[str, Any]] = []
         self._straggling = [0, 0.0]
         self._end: float | None = None
@@ -63,17 +76,18 @@ class Timing:
         self._main = threading.get_ident()
         self._seen: dict[str, int] = {}
 
-    @contextlib.contextmanager
-    def of(self, part: str) -> Iterator[None]:
+    def of(self, part: str) -> contextlib.AbstractContextManager[None]:
         """Counts what runs in the context for a part, without what is counted inside it for another one."""
-        begun, before = time.perf_counter(), sum(self.seconds.values())
-        outer, self._inside = self._inside, part
-        try:
-            yield
-        finally:
-            self._inside = outer
-            inner = sum(self.seconds.values()) - before
-            self.seconds[part] += time.perf_counter() - begun - inner
+        return _Part(self, part)
+
+    def _add(self, part: str, seconds: float) -> None:
+        self.seconds[part] += seconds
+        self._counted += seconds
+
+    @property
+    def clocks(self) -> bool:
+        """Whether the next call is to take the time of each step."""
+        return not self._spared or self._calls % ONE_IN == 0
 
     def call(
         self, first: int, steps: int, begun: float, ended: float, clock: np.ndarray | None, traced: bool = False
@@ -82,45 +96,59 @@ class Timing:
 
         Returns:
           [steps, 3]: seconds of each step, seconds of it that it waited for its batch (NaN: it gathers it by itself, or
-          nobody knows), and seconds since the end of the call before (0 but for the first step).
+          nobody knows; of a call without a clock the mean, and the share of the last call with one), and seconds since
+          the end of the call before (0 but for the first step).
         """
-        told = np.zeros((steps, 3))
-        told[:, 0], told[:, 1] = (ended - begun) / max(steps, 1), np.nan
-        if clock is not None:
-            ready, done = clock[:, 0], clock[:, 1]
-            before = np.concatenate([[begun], done[:-1]])
-            told[:, 0] = np.maximum(done - before, 0.0)
-            if ready.any():
-                told[:, 1] = np.maximum(np.minimum(ready, done) - before, 0.0)
+        told = _told(steps, begun, ended, clock)
+        if clock is None and self._waited:
+            self._unclocked += 1
+            told[:, 1] = told[:, 0] * self._waited_share
         if self._end is not None and steps:
             told[0, 2] = max(begun - self._end, 0.0)
         self._end = ended
         self._calls += 1
         self.steps += steps
-        if self._calls == 1:
-            self.seconds["first_call"] += ended - begun
+        if self._calls == 1 or (clock is None and self._unclocked == 1):  # it compiles
+            self._add("first_call", ended - begun)
             return told
         if traced:
-            self.seconds["trace"] += ended - begun
+            self._add("trace", ended - begun)
             return told
-        waited = float(np.nansum(told[:, 1]))
-        self._waited |= bool(steps and not np.isnan(told[0, 1]))
-        self.seconds["input"] += waited
-        self.seconds["step"] += max(ended - begun - waited, 0.0)
+        if not steps:
+            return told
+        known = told[0, 1] == told[0, 1]
+        waited = float(told[:, 1].sum()) if known else 0.0
+        self._waited |= bool(known)
+        if clock is not None and known:
+            self._waited_share = waited / max(float(told[:, 0].sum()), 1e-9)
+        self._add("input", waited)
+        self._add("step", max(ended - begun - waited, 0.0))
         self._straggle(first, told)
+        long_enough = time.perf_counter() - self._begun > SPARED_AFTER_S
+        self._spared = self._waited and long_enough and CLOCK_SHARE * self._usual < CLOCK_S
         return told
 
     def _straggle(self, first: int, told: np.ndarray) -> None:
-        step_s = told[:, 0]
-        if len(self._recent) >= 32:
-            usual = float(np.median(self._recent))
-            for i in np.flatnonzero((step_s > STRAGGLER * usual) & (step_s > usual + STRAGGLER_S)):
+        usual, step_s = self._usual, told[:, 0]
+        limit = max(STRAGGLER * usual, usual + STRAGGLER_S)
+        if step_s.max() > limit:  # never where nothing is usual yet: that is NaN
+            for i in np.flatnonzero(step_s > limit):
                 self._straggling[0] += 1
                 self._straggling[1] += float(step_s[i]) - usual
                 waited = None if np.isnan(told[i, 1]) else float(told[i, 1])
                 worst = {"step": first + int(i), "s": float(step_s[i]), "usual_s": usual, "input_s": waited}
                 self._stragglers = sorted([*self._stragglers, worst], key=lambda s: -s["s"])[:WORST]
-        self._recent = np.concatenate([self._recent, step_s])[-MEMORY:]
+        self._recent.append(step_s)
+        self._fresh += len(step_s)
+        # A median takes as long as several steps may: now and then is enough.
+        if self._fresh >= FRESH:
+            self._settle()
+
+    def _settle(self) -> None:
+        self._recent = [np.concatenate(self._recent)[-MEMORY:]]
+        self._fresh = 0
+        if len(self._recent[0]) >= FRESH:
+            self._usual = float(np.median(self._recent[0]))
 
     def glance(self) -> None:
         """Notes which callback the training thread is in, if it is in one. Called from another thread."""
@@ -152,7 +180,8 @@ class Timing:
         wall = self._told = time.perf_counter() - self._begun
         seconds = dict(self.seconds)
         seconds["host"] = max(0.0, wall - sum(seconds.values()))
-        recent = self._recent
+        self._settle()
+        recent = self._recent[0]
         quantiles = np.quantile(recent, [0.5, 0.9, 0.99]) if len(recent) else [float("nan")] * 3
         looks = sum(self._seen.values())
         training = seconds["input"] + seconds["step"] + seconds["callbacks"] + seconds["writing"] + seconds["host"]
@@ -173,6 +202,46 @@ class Timing:
             },
             "callbacks": {name: count / looks for name, count in sorted(self._seen.items(), key=lambda s: -s[1])[:8]},
         }
+
+
+class _Part(contextlib.AbstractContextManager):
+    """Around what counts for a part; nine of them stand around a call, which may be a single step."""
+
+    __slots__ = ("_begun", "_counted", "_outer", "_part", "_timing")
+
+    def __init__(self, timing: Timing, part: str):
+        self._timing, self._part = timing, part
+
+    def __enter__(self) -> None:
+        timing = self._timing
+        self._counted, self._outer = timing._counted, timing._inside
+        timing._inside = self._part
+        self._begun = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        timing = self._timing
+        timing._inside = self._outer
+        timing._add(self._part, time.perf_counter() - self._begun - (timing._counted - self._counted))
+
+
+def _told(steps: int, begun: float, ended: float, clock: np.ndarray | None) -> np.ndarray:
+    """[steps, 3] as `Timing.call` returns it, as far as the call alone tells."""
+    if steps == 1:  # where somebody listens to every batch there are as many calls as steps
+        step_s, waited = ended - begun, float("nan")
+        if clock is not None:
+            ready, done = clock[0].tolist()
+            step_s = max(done - begun, 0.0)
+            waited = max(min(ready, done) - begun, 0.0) if ready else waited
+        return np.array([[step_s, waited, 0.0]])
+    told = np.zeros((steps, 3))
+    told[:, 0], told[:, 1] = (ended - begun) / max(steps, 1), np.nan
+    if clock is not None:
+        ready, done = clock[:, 0], clock[:, 1]
+        before = np.concatenate([[begun], done[:-1]])
+        told[:, 0] = np.maximum(done - before, 0.0)
+        if ready.any():
+            told[:, 1] = np.maximum(np.minimum(ready, done) - before, 0.0)
+    return told
 
 
 def stages(data: Any) -> list[str]:

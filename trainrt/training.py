@@ -305,7 +305,7 @@ class Training:
             singly, marked = self.tracing.singly(self.step), self.tracing.begin(self.step)
         begun = time.time()
         try:
-            outcome = self._step.run(place.iterator, self.step, count, singly, marked)
+            outcome = self._step.run(place.iterator, self.step, count, singly, marked, self.timing.clocks)
         except tf.errors.OutOfRangeError:
             return 0
         ended = time.time()
