@@ -17,12 +17,12 @@ from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
 from trainrt import events, report_html, statistics
-from trainrt.plugin import answers, files, summary, tables, wire
+from trainrt.plugin import answers, device, files, summary, tables, wire
 from trainrt.plugin.app import TrainrtPlugin
 from trainrt.plugin.files import digest, static_files
 from trainrt.plugin.loader import TrainrtLoader
 from trainrt.plugin.sources import Files, Loaded, local
-from trainrt.record import VERSION, Epoch
+from trainrt.record import VERSION, Document, Epoch
 from trainrt.run import Run
 
 HOSTILE = "<img src=x onerror=alert(1)>/../../'\";</script>"
@@ -237,6 +237,45 @@ def test_scalars_are_those_of_the_run(logdir, run):
     run.environment = {"fit": {"clip": None}}
     unclipped = unpack(answers.scalar_lines(tables.Tables(run), tables.columns(run.steps, 0, 39, 40)))
     assert set(unclipped.arrays) == {*run.roster.scalars, "extents"}
+
+
+@pytest.mark.parametrize("columns", [1, 7, 40, 100])
+def test_telemetry_is_that_of_the_steps_since_the_sample_before(columns):
+    values = [0.5, 0.25, None, 1.0]
+    told = {"samples": {"step": [4, 4, 20, 31], "gpu0/utilisation": values, "cpu_cores": [1.0, 2.0, 3.0, 4.0]}}
+    run = Run.synthetic(40, documents=[Document("telemetry", 31, told)])
+    cut = tables.columns(run.steps, 0, 39, columns)
+    drawn = device.lines(run, cut)
+    assert (
+        set(drawn)
+        == {f"device/{name}" for name in device.samples(run)[1]}
+        == {"device/cpu_cores", "device/gpu0/utilisation"}
+    )
+    at = told["samples"]["step"]
+    for name, samples in (("cpu_cores", [1.0, 2.0, 3.0, 4.0]), ("gpu0/utilisation", values)):
+        for c in range(len(cut.low)):
+            steps = list(range(int(np.ceil(cut.edges[c])), int(np.ceil(cut.edges[c + 1]))))
+            covering = next((k for k in range(4) if at[k] >= steps[-1]), None)
+            shown = [v for k, v in enumerate(samples) if v is not None and (at[k] in steps or k == covering)]
+            low, mean, high = drawn[f"device/{name}"][:, c]
+            if shown:
+                assert (low, high) == (min(shown), max(shown))
+                assert low <= mean <= high
+            else:
+                assert np.isnan([low, mean, high]).all()
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"samples": 3}, {"samples": {"step": ["x"]}}, {"samples": {"step": [1], "cpu_cores": [1, 2]}}]
+)
+def test_nonsense_in_place_of_telemetry_is_no_telemetry(content):
+    run = Run.synthetic(9, documents=[Document("telemetry", 8, content)])
+    assert device.lines(run, tables.columns(run.steps, 0, 8, 9)) == {}
+
+
+def test_everything_of_the_machine_that_is_drawn_has_a_title():
+    titles = re.search(r"DEVICE = \{(.*?)\n\};", static_files()["numbers.js"].decode(), re.DOTALL)[1]
+    assert set(re.findall(r"(\w+): \[", titles)) == {*device.PROCESS, *device.CARD}
 
 
 def test_a_growing_run_is_answered_as_if_it_were_opened_anew(tmp_path, run):

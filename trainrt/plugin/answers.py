@@ -11,7 +11,7 @@ import numpy as np
 from trainrt.comparison.ranking import LIKELY, contrast
 from trainrt.findings import SEVERITIES, Finding
 from trainrt.findings.series import loss_trend
-from trainrt.plugin import summary, tables, wire
+from trainrt.plugin import device, summary, tables, wire
 from trainrt.run import Run
 
 MOST_COLUMNS, MOST_ROWS, MOST_STATISTICS = 2000, 12, 40
@@ -164,7 +164,7 @@ def picture(kept: tables.Tables, group: str, statistic: str, cut: tables.Columns
 
 
 def scalar_lines(kept: tables.Tables, cut: tables.Columns) -> bytes:
-    """[3, C] float32 of each scalar, and where there is a clip of the clipped share: minimum, mean and maximum."""
+    """[3, C] float32 of each scalar, of the clipped share and of what the machine told: minimum, mean and maximum."""
     recorded, arrays = kept.run, {}
     if "clip_share" in recorded.statistics and clips(recorded):
         [table] = kept.get("weights", ["clip_share"])
@@ -175,6 +175,7 @@ def scalar_lines(kept: tables.Tables, cut: tables.Columns) -> bytes:
         columns = np.stack([recorded.scalar(name, column) for column in ("mean", "min", "max")], axis=1)
         mean, low, high = tables.reduce_scalar(columns, cut).T
         arrays[name] = np.stack([low, mean, high]).astype("<f4")
+    arrays |= device.lines(recorded, cut)
     return wire.pack({"edges": cut.edges}, {**arrays, "extents": cut.extents.astype("<f8")})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainrt import device_words
 from trainrt.findings import diagnose
-from trainrt.plugin import tables
+from trainrt.plugin import device, tables
 from trainrt.record import Document  # noqa: F401 - for the examples
 from trainrt.run import Run
 
@@ -129,6 +129,7 @@ def summary(
         "statistics": [{"name": n, "kind": tables.kind(n)} for n in run.statistics],
         "slots": list(run.roster.slots),
         "scalars": list(run.roster.scalars),
+        "telemetry": [device.PREFIX + name for name in device.samples(run)[1]] if windows else [],
         "epochs": [{"epoch": e.epoch, "step": e.step, "logs": e.logs} for e in run.epochs[-1:]],
         "epoch_count": len(run.epochs),
         "end": run.end,

@@ -3,7 +3,7 @@ import { colour } from './theme.js';
 import { count, ticks } from './numbers.js';
 
 export const RIGHT = 14;
-export const gutter = (width) => (width < 620 ? 92 : 190);
+export const gutter = (width) => (width < 620 ? 104 : 190);
 
 export class Axis {
   constructor(width, first, last) {

@@ -119,7 +119,7 @@ export class Chart {
 
   keys(at) {
     const { series } = this.view;
-    const index = at >= 0 ? at : series[0] ? series[0].mean.length - 1 : 0;
+    const index = at >= 0 ? at : Math.max(0, series[0] ? series[0].mean.findLastIndex(Number.isFinite) : 0);
     this.legend.replaceChildren(...series.map((s) => {
       const mark = el('i', { class: s.dash ? 'key dashed' : 'key' });
       mark.style.color = s.colour;

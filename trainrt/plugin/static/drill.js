@@ -1,7 +1,7 @@
 // The drill-down: the run's own curves, and those of the chosen layers, all on the steps of the map.
 import { Chart } from './chart.js';
 import { el } from './dom.js';
-import { title, words } from './numbers.js';
+import { telemetry, title, words } from './numbers.js';
 import { BAND } from './scale.js';
 import { colour } from './theme.js';
 
@@ -53,19 +53,20 @@ export class Drill {
 
   // Charts are made once for a run and a choice of rows, and then only told what to draw.
   build(run, labels, rows) {
-    const key = JSON.stringify([run.name, run.scalars, run.slots, rows.length]);
+    const key = JSON.stringify([run.name, run.scalars, run.telemetry, run.slots, rows.length]);
     this.choose(run, labels, rows);
     if (key === this.built) return;
     this.built = key;
     this.scalarCharts = new Map();
     const scalar = (name) => {
-      const chart = new Chart(title(name).replace(/^./, (c) => c.toUpperCase()), this.does, { height: name === 'loss' ? 96 : 64 });
+      const text = name.startsWith('device/') ? telemetry(name).title : title(name).replace(/^./, (c) => c.toUpperCase());
+      const chart = new Chart(text, this.does, { height: name === 'loss' ? 96 : 64 });
       this.scalarCharts.set(name, chart);
       return chart.node;
     };
     const main = [...MAIN, 'clip_share'].filter((name) => name === 'clip_share' ? clips(run) : run.scalars.includes(name));
     this.top.replaceChildren(...main.map(scalar));
-    const rest = run.scalars.filter((name) => !MAIN.includes(name));
+    const rest = [...run.scalars.filter((name) => !MAIN.includes(name)), ...(run.telemetry || [])];
     this.more.replaceChildren(this.more.firstChild, ...rest.map(scalar));
     this.more.hidden = !rest.length;
     this.layerCharts = rows.length ? plan(run).map((p) => [p, new Chart(p.name, this.does, { hint: p.hint })]) : [];
@@ -97,8 +98,9 @@ export class Drill {
       const values = scalars.arrays[name];
       if (!values) continue;
       const n = values.shape[1], part = (k) => values.subarray(k * n, (k + 1) * n), log = /_norm$|^step_s$/.test(name);
-      const scale = log ? (a) => a.map((v) => Math.log10(v)) : (a) => a;
-      chart.update({ ...shared, edges: scalars.edges, log, unit: name === 'clip_share' ? 'share' : '',
+      const told = name.startsWith('device/') ? telemetry(name) : null;
+      const scale = log ? (a) => a.map((v) => Math.log10(v)) : told?.divisor > 1 ? (a) => a.map((v) => v / told.divisor) : (a) => a;
+      chart.update({ ...shared, edges: scalars.edges, log, unit: name === 'clip_share' ? 'share' : told ? told.unit : '',
         series: [{ name: '', colour: colour('accent'), low: scale(part(0)), mean: scale(part(1)), high: scale(part(2)) }] });
     }
     if (!lines || !rows.length) return;

@@ -34,6 +34,18 @@ const TITLES = {
   between_s: 'seconds between calls',
   unchanged_share: 'unchanged elements', rounded_share: 'rounded away', norm_share: 'share of the global norm',
 };
+
+// Of what the machine told: title, unit ("share", or what a value is divided by).
+export const DEVICE = {
+  cpu_cores: ['process, cores busy'], machine_cpu: ['machine, busy', 'share'], rss_bytes: ['process, memory in GiB', 2 ** 30],
+  utilisation: ['busy', 'share'], memory_bytes: ['memory in GiB', 2 ** 30], power_w: ['power in W'],
+  temperature_c: ['temperature in °C'], sm_mhz: ['SM clock in MHz'],
+};
+export function telemetry(name) {
+  const parts = name.split('/'), [text, unit] = DEVICE[parts[parts.length - 1]] || [words(parts[parts.length - 1])];
+  const card = /^gpu\d+$/.test(parts[1]) ? `GPU ${parts[1].slice(3)}, ` : '';
+  return { title: `${card}${text}`.replace(/^./, (c) => c.toUpperCase()), unit: unit === 'share' ? unit : '', divisor: Number(unit) || 1 };
+}
 export const title = (name) => TITLES[name] || words(name);
 
 // Round steps inside [first, last], about one per `room` pixels.
@@ -46,13 +58,13 @@ export function ticks(first, last, width, room = 90) {
   return result;
 }
 
-// A name that fits, its middle left out: beginnings tell the block and ends tell the layer.
+// A name that fits, its middle left out: beginnings tell the block and ends tell the layer, which matter more if room is short.
 export function fit(context, text, width) {
   if (context.measureText(text).width <= width) return text;
   let keep = text.length;
   while (keep > 2) {
     keep -= 1;
-    const head = Math.ceil(keep * 0.4), tail = keep - head;
+    const head = Math.ceil(keep * (width < 120 ? 0.1 : 0.4)), tail = keep - head;
     const cut = `${text.slice(0, head)}…${text.slice(text.length - tail)}`;
     if (context.measureText(cut).width <= width) return cut;
   }

@@ -113,7 +113,7 @@ class Page {
     if (!run.rows[place.group]) place.group = 'layers';
     if (!run.statistics.some((s) => s.name === place.statistic)) place.statistic = run.statistics[0]?.name || 'update_ratio';
     if (place.finding !== null && place.first === null && run.findings[place.finding]) this.go(place.finding, false);
-    else if (!place.rows.length && !this.settled) {
+    if (!place.rows.length && !this.settled) {
       const where = run.findings.find((f) => f.where.length)?.where || [];
       place.rows = where.length ? where.slice(0, 1) : run.rows[place.group].slice(0, 1).map((r) => r.path);
     }
