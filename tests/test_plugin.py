@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -381,6 +382,19 @@ def test_only_the_runs_that_are_looked_at_are_opened(tmp_path, run, monkeypatch)
     assert [path.name for path in opened] == ["run7", names[0]]
 
 
+def test_a_run_is_read_ahead_but_not_judged_before_anybody_looks(tmp_path, run):
+    write(tmp_path / "one", run, end=False)
+    page = plugin(tmp_path)
+    page.warm()
+    for thread in threading.enumerate():
+        if thread.daemon and thread is not threading.current_thread() and "_warm" in thread.name:
+            thread.join()
+    opened = page.opened("", "one")
+    assert opened.judge.rounds == 0
+    assert not opened.judge.busy
+    assert any(key[-1] == "update_ratio" for key in opened.tables._kept)
+
+
 def test_a_run_trained_into_the_same_place_is_opened_anew(tmp_path, run):
     file = write(tmp_path / "one", run)
     page = plugin(tmp_path)
@@ -574,6 +588,7 @@ def test_the_loader_imports_nothing_of_weight():
 def test_the_plugin_loads_without_tensorflow(logdir):
     code = f"""
 import sys
+import threading
 from types import SimpleNamespace
 from trainrt.plugin.loader import TrainrtLoader
 plugin = TrainrtLoader().load(SimpleNamespace(logdir={str(logdir)!r}, data_provider=None, flags=None))

@@ -80,6 +80,16 @@ def first(plugin, experiment: str, asked: Mapping[str, str]) -> bytes:
     return wire.pack({"runs": names, "run": told, "view": view}, arrays)
 
 
+def read_ahead(kept: tables.Tables) -> None:
+    """Reads what the first answer takes longest for. It leaves the rules alone: nobody has asked about the run yet."""
+    with kept.lock:
+        recorded = kept.run
+        if len(recorded):
+            steps = recorded.steps
+            scalar_lines(kept, tables.columns(steps, int(steps[0, 0]), int(steps[-1, 1]), 1))
+            kept.get("layers", ["update_ratio" if "update_ratio" in recorded.statistics else recorded.statistics[0]])
+
+
 def pulse(plugin, experiment: str, asked: Mapping[str, str]) -> dict[str, Any]:
     try:
         found = plugin.opened(experiment, _text(asked, "run"))

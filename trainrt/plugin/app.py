@@ -89,7 +89,7 @@ class TrainrtPlugin(base_plugin.TBPlugin):
 
     def _warm(self, name: str) -> None:
         with contextlib.suppress(Exception), np.errstate(all="ignore"):
-            answers.first(self, "", {"run": name})
+            answers.read_ahead(self.opened("", name).tables)
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
         return base_plugin.FrontendMetadata(
