@@ -39,6 +39,7 @@ async function opened(first) {
   return {
     take(route, query) {
       const part = parts.get(route);
+      if (!part && route === 'run') parts.clear(); // the run has changed, or another one is looked at
       if (!part || !asked[route].every((name) => query[name] === view[name])) return null;
       parts.delete(route);
       return part();
