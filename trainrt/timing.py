@@ -3,8 +3,8 @@
 Many steps run in one call, and Python sees only the call. Two timestamps a step inside the compiled loop say when its
 batch was there and when it was done, so that waiting for input is told from computing, and a straggling step has a
 number. Where that would cost more than half a percent it is done for one call in many (`Timing.clocks`), and the others
-are told by their means. Data that the loop gathers by itself (`resident`) are never waited for. On a GPU a step is done when its kernels
-were launched, so that single steps there are those of the host; their sum over a call is right.
+are told by their means. Data that the loop gathers by itself (`resident`) are never waited for. On a GPU a step is done
+when its kernels were launched, so that single steps there are those of the host; their sum over a call is right.
 
 The rest is measured around the calls: callbacks, validation, handing over to the recorder, and what is left of Python.
 Which callback is at work is looked up now and then by another thread, in the main thread's frames: nothing of the
