@@ -1,6 +1,8 @@
 """Are the findings right? Faulty programs with known causes, their fixed twins, and healthy ones.
 
     python -m benchmarks.diagnosis [--record DIR] [--published FILE] [--only ID,ID] [--seed 2]    trains, then judges
+    python -m benchmarks.diagnosis --record DIR --seconds 240     goes on where it was left, and stops after the case
+                                                                  that is trained then
     python -m benchmarks.diagnosis --from DIR [--published FILE] [--verbose] [--halves]           judges what is there
 
 The set is a directory with `fault_cases.json`, `fault_builder.py` and `fault_baselines.py`: `TRAINRT_FAULTS`, by
@@ -26,8 +28,10 @@ import contextlib
 import gc
 import io
 import json
+import math
 import os
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -58,28 +62,33 @@ def variants(case: dict[str, Any]) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------------------ recording
 
 
-def record(directory: Path, chosen: dict[str, dict], seed: int) -> None:
-    """Trains each program that is not in `directory` yet, into `directory/ID/VARIANT`."""
+def record(directory: Path, chosen: dict[str, dict], seed: int, seconds: float = math.inf) -> None:
+    """Trains each program that is not in `directory` yet, into `directory/ID/VARIANT`; begins none after `seconds`."""
     sys.path.insert(0, FAULTS)
     import fault_builder
     import keras
 
     import trainrt
 
+    until = time.monotonic() + seconds
     for name, case in chosen.items():
         for variant in variants(case):
             place = directory / name / variant
             if (place / "done.json").exists():
                 continue
+            if time.monotonic() > until:
+                return
+            # What was cut short is begun again.
+            shutil.rmtree(place, ignore_errors=True)
             keras.backend.clear_session()
             built = fault_builder.build_full(case, variant, seed)
             begun = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):
                 history = trainrt.fit(built.model, built.x, built.y, logdir=str(place), **built.fit_kwargs)
-            seconds = time.perf_counter() - begun
+            took = time.perf_counter() - begun
             score = fault_builder.score(built)["score"]
-            (place / "done.json").write_text(json.dumps({"seconds": seconds, "score": score, "seed": seed}))
-            print(f"{seconds:6.1f} s  {score:6.3f}  {name} {variant}: {_said(history.findings)}", flush=True)
+            (place / "done.json").write_text(json.dumps({"seconds": took, "score": score, "seed": seed}))
+            print(f"{took:6.1f} s  {score:6.3f}  {name} {variant}: {_said(history.findings)}", flush=True)
             del built, history
             gc.collect()
 
@@ -255,6 +264,7 @@ def main() -> None:
     parser.add_argument("--from", dest="source", type=Path, help="judge what this directory holds, train nothing")
     parser.add_argument("--only", help="ids of cases, with commas between")
     parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no training after so long")
     parser.add_argument(
         "--published", type=Path, help="file of what the published rules said; trained into it if missing"
     )
@@ -271,7 +281,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         directory = given.source or given.record or Path(scratch)
         if given.source is None:
-            record(directory, chosen, given.seed)
+            record(directory, chosen, given.seed, given.seconds)
         found, shares = judge(directory, chosen)
     if not found:
         raise SystemExit(f"No record of any case in {directory}.")

@@ -17,6 +17,7 @@ from trainrt.run import Run
 FEW = 100
 """Updates under which even a good run has hardly begun: at 1e-3 of a kernel's size each, they move it by a tenth."""
 POOR = 0.7
+HANDFUL = 20
 SLOW = 0.3
 """Skill under which a loss that still falls is far from done."""
 SMALL_STEP = 5e-4
@@ -47,7 +48,9 @@ def unfinished(run: Run) -> Iterator[Finding]:
         return
     updates = int(run.steps[-1, 1] - run.steps[0, 0] + 1)
     ended = outcome(run)
-    few = updates < FEW and ended.poor(POOR if len(run.epochs) > 1 else SLOW) and falls(run)
+    few = updates < FEW and ended.poor(POOR if len(run.epochs) > 1 else SLOW)
+    # The noise of so few losses hides their fall.
+    few = few and (falls(run) or (updates <= HANDFUL and loss_trend(run).fall > 0))
     # A run of any length whose end is not the end of its learning.
     short = run.end is not None and ended.poor(2 * SLOW if ended.kind == "classes" else SLOW) and falls_late(run)
     if not few and not short:
@@ -57,7 +60,9 @@ def unfinished(run: Run) -> Iterator[Finding]:
     batches = train.get("batches") or 0
     rate = percentile(scalar(run, "learning_rate"), 50)
     whole = batches == 1
-    few_first = whole or ratio >= LARGE_STEP or len(run.epochs) == 1
+    # What divides by the gradient's size moves at its own pace from the first step on.
+    adaptive = ratio >= SMALL_STEP and program.optimizer(run).get("class") != "SGD"
+    few_first = whole or ratio >= LARGE_STEP or len(run.epochs) == 1 or (updates <= HANDFUL and adaptive)
     causes: tuple[str, ...] = ("too_few_updates", "batch_size_too_large", "lr_too_low")
     if not few_first:
         causes = ("lr_too_low", "too_few_updates")

@@ -11,7 +11,7 @@ from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
-from trainrt.findings.series import scalar
+from trainrt.findings.series import penalty, scalar
 from trainrt.run import Run
 
 POOR = 0.65
@@ -86,7 +86,8 @@ def overfit(run: Run) -> Iterator[Finding]:
 def outweighing_regulariser(run: Run) -> Iterator[Finding]:
     """A regulariser that outweighs the data.
 
-    Means:   more than half of the loss is the regularisers', at the end of a run that learnt little.
+    Means:   more than half of the loss is the regularisers' (of weights, of activities, or a loss that a layer adds),
+             at the start or at the end of a run that learnt little.
     Matters: the gradients push the weights to zero instead of to the data.
     Try:     a tenth or a hundredth of the factor; watch the data's part of the loss, which trainrt records alone.
     Source:  TheDeepChecker: the regularisation's part over the data's.
@@ -98,14 +99,14 @@ def outweighing_regulariser(run: Run) -> Iterator[Finding]:
     >>> list(outweighing_regulariser(learning(scalars=parts)))
     []
     """
-    penalty, data = scalar(run, "regularization_loss"), scalar(run, "data_loss")
+    beside, data = penalty(run), scalar(run, "data_loss")
     ended = outcome(run)
-    if not len(penalty) or not np.isfinite(penalty).any() or not ended.poor(POOR):
+    if not len(beside) or not np.isfinite(beside).any() or not ended.poor(POOR):
         return
-    tail = slice(-max(1, len(penalty) // 5), None)
-    early, late = float(np.nanmedian(penalty[: max(1, len(penalty) // 5)])), float(np.nanmedian(penalty[tail]))
-    rest = float(np.nanmedian(np.abs(data[tail])))
-    first = float(np.nanmedian(np.abs(data[: max(1, len(data) // 5)])))
+    # It may have won within a few steps, and then be small, as the weights are.
+    head, tail = slice(None, max(1, len(beside) // 50)), slice(-max(1, len(beside) // 5), None)
+    early, late = float(np.nanmedian(beside[head])), float(np.nanmedian(beside[tail]))
+    rest, first = float(np.nanmedian(np.abs(data[tail]))), float(np.nanmedian(np.abs(data[head])))
     share = max(late / max(late + rest, 1e-300), early / max(early + first, 1e-300))
     if not share > OUTWEIGHS:
         return

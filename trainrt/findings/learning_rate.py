@@ -8,7 +8,7 @@ import numpy as np
 
 from trainrt.findings import program
 from trainrt.findings.finding import Finding
-from trainrt.findings.outcome import outcome
+from trainrt.findings.outcome import Outcome, outcome
 from trainrt.findings.rules import rule
 from trainrt.findings.series import (
     Trend,
@@ -38,6 +38,10 @@ THROWS = 0.5
 """A step of half a kernel's size leaves little of its start."""
 LEARNT_SKILL = 0.6
 """Skill from which on the steps are nobody's business; see `outcome`."""
+MASTERED = 0.9
+"""Skill from which on a run may stand where it began: it goes on with what has been learnt."""
+STOOD = 0.1
+"""A loss that fell by less than this share stands where it began."""
 LATE = 0.25
 """Spread of the batches' losses over their level, beyond which a model is not at its start."""
 VANISHING = 1e-3
@@ -85,15 +89,20 @@ def learning_rate(run: Run) -> Iterator[Finding]:
         return
     trend = loss_trend(run)
     ended = outcome(run)
-    if ended.settled and ended.skill >= LEARNT_SKILL and np.isfinite(trend.last):
+    if ended.settled and ended.skill >= LEARNT_SKILL and np.isfinite(trend.last) and not _found_so(ended, trend):
         return  # whatever the steps were, they led there
-    high = _too_high(run, ratio, seen, trend)
+    high = None if ended.settled and ended.skill >= LEARNT_SKILL else _too_high(run, ratio, seen, trend)
     if high is not None:
         yield high
     elif np.nansum(seen) >= MIN_STEPS:
         low = _too_low(run, ratio, seen, trend)
         if low is not None:
             yield low
+
+
+def _found_so(ended: Outcome, trend: Trend) -> bool:
+    """Whether a middling skill is what the run began with: a random start may explain half of a smooth series."""
+    return ended.skill < MASTERED and trend.first - trend.last < STOOD * abs(trend.first)
 
 
 def _too_low(run: Run, ratio: np.ndarray, seen: np.ndarray, trend: Trend) -> Finding | None:

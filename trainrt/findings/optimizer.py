@@ -19,25 +19,35 @@ POOR = 0.6
 """Skill under which a setting is a fault; see `outcome`."""
 SQUARES = ("velocity", "accumulated_gradient", "accumulator")
 """Slots that hold a mean of squared gradients, by the names of Keras's optimizers."""
-MOMENTUM = 0.98
+MOMENTUM, EXTREME = 0.98, 0.99
 DECAY = 0.02
 """Share of a weight that decay removes a step: it forgets what it learnt 50 steps ago."""
 SHRUNK = 0.5
+ALONG = 0.5
+MOST = 0.5
+"""Share of a kernel's elements, or of its update."""
+IDLE = 0.9
+"""Share of a kernel's gradient that is exactly zero, from which on there is nothing to divide."""
+RAISED = 1e-4
+"""An epsilon over Keras's 1e-7 by so much was chosen."""
 
 
 @rule
 def drowning_epsilon(run: Run) -> Iterator[Finding]:
     """An epsilon that outweighs the gradients it should only guard: the optimizer is adaptive no more.
 
-    Means:   for most kernels the root of the mean squared gradient that the optimizer divides by is smaller than its
-             epsilon, over the first half of the run, and the model learnt little.
+    Means:   for most elements of the kernels that have a gradient, epsilon is more than what the optimizer divides by
+             besides it, over the first half of the run, and the model learnt little. It is counted in the step
+             (`run["epsilon_share"]`); of records without the count, the root mean square of the slot is held against
+             epsilon.
     Matters: the step is then learning_rate * gradient / epsilon: as tiny as the gradients are, whatever the loss.
     Try:     bring the loss to its proper scale (a mean, no factor of 1e-8), or lower epsilon.
     Source:  Kingma & Ba, Adam, 2015: epsilon is there against division by zero; the update is invariant to the scale of
              the gradients only as long as it is small beside them.
 
     >>> from trainrt.findings.examples import learning, stuck
-    >>> [f.causes[0] for f in drowning_epsilon(stuck(slots=["velocity"], velocity_rms=1e-18))]
+    >>> small = {"slots": ["velocity"], "velocity_rms": 1e-18, "epsilon_share": 1.0}
+    >>> [finding.causes[0] for finding in drowning_epsilon(stuck(**small))]
     ['epsilon_dominates']
     >>> list(drowning_epsilon(stuck(slots=["velocity"], velocity_rms=1e-6)))
     []
@@ -50,41 +60,53 @@ def drowning_epsilon(run: Run) -> Iterator[Finding]:
     matrices = np.flatnonzero(kernels(run, run.moments(WEIGHT)))
     if not len(matrices):
         return
-    squares = run.moments(slot)[: max(len(run.steps) // 2, 1)]
-    # Where a gradient is exactly zero, that is the finding.
-    alive = np.nan_to_num(run.moments(GRADIENT).zero_share[: len(squares.array), matrices], nan=1.0) < 0.9
+    half = max(len(run.steps) // 2, 1)
+    squares = run.moments(slot)[:half]
+    idle = np.nan_to_num(run.moments(GRADIENT).zero_share[:half, matrices], nan=1.0)
     # The slot starts at zero: Adam divides by its age, which matters in the first tenth of a thousand steps.
-    age = 1 - np.minimum(program.number(config.get("beta_2")), 0.9999999) ** (run.steps[: len(squares.array), 1] + 1.0)
+    age = 1 - np.minimum(program.number(config.get("beta_2")), 0.9999999) ** (run.steps[:half, 1] + 1.0)
     age = np.where(np.isfinite(age), age, 1.0)
     root = np.sqrt(squares.rms[:, matrices] / age[:, None])
-    ratio = np.where(alive, root / epsilon, np.nan)
-    level = percentile(middle(ratio), 50)
-    if not level < 1:
+    # Where a gradient is exactly zero, that is the finding.
+    level = percentile(middle(np.where(idle < IDLE, root / epsilon, np.nan)), 50)
+    share = run["epsilon_share"][:half, matrices]
+    share = percentile(middle(np.where(idle < IDLE, (share - idle) / (1 - idle), np.nan)), 50)
+    if not (share > MOST if math.isfinite(share) else level < 1):
         return
+    counted = f" in {share:.0%} of the elements" if math.isfinite(share) else ""
     yield about(
         run,
         "drowning_epsilon",
         "error",
-        0.93,
+        0.95 if share > 0.9 else 0.93,
         ("epsilon_dominates", "lr_too_low"),
-        f"The optimizer's epsilon of {epsilon:.2g} outweighs the gradients it divides by, which are {level:.2g} of it: "
-        "the steps shrink with the gradients.",
-        {"root_mean_square_over_epsilon": level, "epsilon": epsilon, "threshold": 1.0},
-        (
-            "Look at the scale of the loss: is it divided by too much? Its gradients are of size "
-            f"{level * epsilon:.1g}.",
-            "Lower epsilon: "
-            f"keras.optimizers.{config.get('class') or 'Adam'}(epsilon={min(level * epsilon / 1e3, 1e-8):.1g}).",
-        ),
+        f"The optimizer's epsilon of {epsilon:.2g} outweighs the gradients it divides by{counted}: they are "
+        f"{level:.2g} of it, and the steps shrink with them.",
+        {
+            "root_mean_square_over_epsilon": level,
+            "elements_under_epsilon": share,
+            "epsilon": epsilon,
+            "thresholds": {"elements_under_epsilon": MOST, "root_mean_square_over_epsilon": 1.0},
+        },
+        _of_epsilon(str(config.get("class") or "Adam"), epsilon, level * epsilon),
         where=tuple(run.roster.parameters[p].path for p in matrices),
     )
+
+
+def _of_epsilon(optimizer: str, epsilon: float, size: float) -> tuple[str, ...]:
+    """What to try: an epsilon that somebody raised, or a loss that is divided by too much."""
+    usual = f"keras.optimizers.{optimizer}(epsilon={min(size / 1e3, 1e-7):.1g})."
+    scale = f"Look at the scale of the loss: is it divided by too much? Its gradients are of size {size:.1g}."
+    return (f"Lower epsilon: {usual}", scale) if epsilon > RAISED else (scale, f"Lower epsilon: {usual}")
 
 
 @rule
 def heavy_momentum(run: Run) -> Iterator[Finding]:
     """A momentum so high that the optimizer cannot stop.
 
-    Means:   SGD's momentum (or Adam's beta_1) is 0.98 or more, and the model learnt little.
+    Means:   SGD's momentum (or Adam's beta_1) is 0.98 or more, the model learnt little, and the steps do not go where
+             the gradients point: the cosine between both (`run["gradient_momentum_cosine"]`) is under 0.5. It is about
+             0.5 at a momentum of 0.9, and near 1 where gradients agree from step to step and momentum does no harm.
     Matters: a gradient is felt for 1 / (1 - momentum) steps: at 0.999 the effective learning rate is a thousand times
              the one that was set, and the model overshoots for a thousand steps.
     Try:     0.9; or multiply the learning rate by (1 - momentum).
@@ -101,29 +123,47 @@ def heavy_momentum(run: Run) -> Iterator[Finding]:
     config = program.optimizer(run)
     name = "momentum" if config.get("class") == "SGD" else "beta_1"
     momentum = program.number(config.get(name))
-    if not MOMENTUM <= momentum < 1 or not outcome(run).poor(0.75):
+    ended = outcome(run)
+    # Its swings may end far from where the batches of the last epoch were met.
+    worse = momentum >= EXTREME and ended.settled and ended.validation < 0
+    if not MOMENTUM <= momentum < 1 or not (ended.poor(0.75) or worse):
+        return
+    along = _along(run, name)
+    if along > ALONG:
         return
     rate = percentile(scalar(run, "learning_rate"), 50)
     times = 1 / (1 - momentum)
+    where = f" The cosine between momentum and gradient is {along:.2g}." if math.isfinite(along) else ""
     effective = f", so the effective learning rate is {rate * times:.3g}" if name == "momentum" else ""
     yield about(
         run,
         "heavy_momentum",
         "error",
-        0.93 if momentum >= 0.99 else 0.75,
+        0.93 if momentum >= EXTREME else 0.75,
         ("momentum_too_high", "lr_too_high"),
-        f"{name} = {momentum:.6g}: each gradient is felt for {times:.4g} steps{effective}, and little was learnt.",
-        {name: momentum, "threshold": MOMENTUM, "learning_rate": rate},
+        f"{name} = {momentum:.6g}: each gradient is felt for {times:.4g} steps{effective}, and little was "
+        f"learnt.{where}",
+        {name: momentum, "threshold": MOMENTUM, "learning_rate": rate, "gradient_momentum_cosine": along},
         (f"Lower it: {name}=0.9.", f"Or lower the learning rate to {rate * (1 - momentum) * 10:.2g}."),
     )
+
+
+def _along(run: Run, name: str) -> float:
+    """Median cosine between gradient and momentum over kernels and steps; NaN where it was not measured."""
+    matrices = np.flatnonzero(kernels(run, run.moments(WEIGHT)))
+    if "momentum" not in run.roster.slots or not len(matrices):
+        return math.nan
+    cosine = percentile(middle(run["gradient_momentum_cosine"][:, matrices]), 50)
+    return -cosine if name == "momentum" else cosine  # SGD's slot is the next displacement, downhill
 
 
 @rule
 def consuming_decay(run: Run) -> Iterator[Finding]:
     """A weight decay that takes away more than the gradients bring.
 
-    Means:   learning_rate * weight_decay is over 0.02, so that decay alone removes as much of each weight every step,
-             the kernels shrank to half their start or less, and the model learnt little.
+    Means:   the kernels shrank to half their start or less, the model learnt little, and it was decay: it removes over
+             0.02 of each kernel a step, or was most of the update until half was gone. Both are measured in the step
+             (`run["decay_norm"]`, `run["decay_ratio"]`).
     Matters: the weights go to zero, the outputs to a constant.
     Try:     1e-4 to 1e-2; Keras multiplies it with the learning rate, other libraries do not.
     Source:  Loshchilov & Hutter, Decoupled weight decay regularization, 2019: the memory is
@@ -132,7 +172,7 @@ def consuming_decay(run: Run) -> Iterator[Finding]:
     >>> from trainrt.findings.examples import learning, stuck
     >>> heavy = {"class": "SGD", "config": {"learning_rate": 0.1, "weight_decay": 2.0}}
     >>> shrinking = np.geomspace(1, 1e-4, 200)
-    >>> run = stuck(optimizer=heavy, learning_rate=0.1, weight_norm=shrinking)
+    >>> run = stuck(optimizer=heavy, learning_rate=0.1, weight_norm=shrinking, decay_ratio=0.98)
     >>> [finding.causes[0] for finding in consuming_decay(run)]
     ['weight_decay_too_high']
     >>> list(consuming_decay(learning(optimizer=heavy, learning_rate=0.1)))
@@ -145,11 +185,17 @@ def consuming_decay(run: Run) -> Iterator[Finding]:
     rate = percentile(scalar(run, "learning_rate"), 50)
     weight = run.moments(WEIGHT)
     matrices = np.flatnonzero(kernels(run, weight))
-    share = rate * decay
-    if not share >= DECAY or not len(matrices):
+    if not len(matrices):
         return
-    shrunk = percentile(weight[-1, matrices].rms / weight[0, matrices].rms, 50)
+    size = middle(weight.rms[:, matrices] / weight.rms[:1, matrices])
+    shrunk = float(size[-1])
     if not shrunk < SHRUNK:
+        return
+    gone = int(np.argmax(size < SHRUNK)) + 1  # windows until half was gone
+    share = percentile(middle((run["decay_norm"] / run["weight_norm"])[:gone, matrices]), 50)
+    of_update = percentile(middle(run["decay_ratio"][:gone, matrices]), 50)
+    share = share if math.isfinite(share) else rate * decay
+    if not (share >= DECAY or of_update >= MOST):
         return
     yield about(
         run,
@@ -157,10 +203,14 @@ def consuming_decay(run: Run) -> Iterator[Finding]:
         "error",
         0.94,
         ("weight_decay_too_high", "over_regularised"),
-        f"Weight decay removes {share:.2g} of each weight a step (learning rate {rate:.3g} times "
-        f"{decay:.3g}): the kernels "
+        f"Weight decay removes {share:.2g} of each kernel a step (learning rate {rate:.3g} times {decay:.3g}): they "
         f"shrank to {shrunk:.2g} of their start.",
-        {"share_a_step": share, "kernel_over_start": shrunk, "thresholds": {"share_a_step": DECAY, "shrunk": SHRUNK}},
+        {
+            "share_a_step": share,
+            "share_of_update": of_update,
+            "kernel_over_start": shrunk,
+            "thresholds": {"share_a_step": DECAY, "share_of_update": MOST, "kernel_over_start": SHRUNK},
+        },
         (f"Lower it: weight_decay={min(1e-3 / rate, 0.01):.1g}. Keras multiplies it with the learning rate.",),
         where=tuple(run.roster.parameters[p].path for p in matrices),
     )
@@ -186,7 +236,8 @@ def slow_optimizer(run: Run) -> Iterator[Finding]:
     kind = program.optimizer(run).get("class", "")
     usual = program.DEFAULT_RATE.get(kind)
     rate = percentile(scalar(run, "learning_rate"), 50)
-    if usual is None or not rate <= usual / 10 or not outcome(run).poor(POOR):
+    # A rate is a number of 32 bits: 0.001 is 0.00100000005.
+    if usual is None or not rate <= 1.001 * usual / 10 or not outcome(run).poor(POOR):
         return
     update, weight = run.moments(UPDATE), run.moments(WEIGHT)
     matrices = np.flatnonzero(kernels(run, weight))

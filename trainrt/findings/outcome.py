@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from trainrt.findings import program
-from trainrt.findings.series import falls_late, loss_trend, scalar
+from trainrt.findings.series import falls_late, loss_trend, penalty, scalar
 from trainrt.run import Run
 
 NAN = float("nan")
@@ -99,7 +99,7 @@ def _outcome(run: Run) -> Outcome:
 
 
 def _regulariser(run: Run) -> float:
-    values = scalar(run, "regularization_loss")
+    values = penalty(run)
     return float(np.nan_to_num(values[-1])) if len(values) else 0.0
 
 

@@ -149,3 +149,9 @@ def _reduce(function: np.ufunc, values: np.ndarray) -> np.ndarray:
 def scalar(run: Run, name: str, column: str = "mean") -> np.ndarray:
     """[T] of a scalar; all NaN where the run has no such scalar."""
     return run.scalar(name, column) if name in run.roster.scalars else np.full(len(run.steps), np.nan)
+
+
+def penalty(run: Run) -> np.ndarray:
+    """[T] what is in the loss beside the data's part: regularisers, and what layers add; NaN where there is neither."""
+    parts = np.stack([scalar(run, "regularization_loss"), scalar(run, "added_loss")])
+    return np.where(np.isnan(parts).all(axis=0), np.nan, np.nansum(parts, axis=0))
