@@ -271,7 +271,8 @@ class _Labels:
                 return None
             steps = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
             quantiles = np.quantile(finite.astype(np.float64), steps).tolist()
-            return {"kind": "continuous", "quantiles": dict(zip(map(str, steps), quantiles, strict=True))}
+            known = {"kind": "continuous", "quantiles": dict(zip(map(str, steps), quantiles, strict=True))}
+            return known | (_order_of_numbers(values, sizes) if len(finite) == len(values) else {})
         kind = "one_hot" if self._one_hot else "binary" if set(classes.tolist()) <= {0, 1} else "integer"
         largest = np.argsort(-counts, kind="stable")[:100]
         result = {
@@ -312,6 +313,26 @@ def _order_of_labels(codes: np.ndarray, counts: np.ndarray, sizes: Sequence[int]
         "run_length": len(codes) / runs,
         "run_length_shuffled": float(1 / max(1 - np.square(share).sum(), 1 / len(codes))),
     }
+
+
+def _order_of_numbers(values: np.ndarray, sizes: Sequence[int]) -> dict[str, Any]:
+    """Was it shuffled? Variance of the targets within their batches over that of all, as it is and after a shuffle."""
+    ends = np.cumsum(sizes)
+    batches = int(np.searchsorted(ends, len(values), side="right"))
+    values = values[: ends[batches - 1]].astype(np.float64) if batches else values[:0]
+    spread = float(values.var()) if len(values) else 0.0
+    if not spread > 0:
+        return {}
+    count = np.asarray(sizes[:batches], np.float64)
+    of_batch = np.repeat(np.arange(batches), sizes[:batches])
+    centred = values - values.mean()
+
+    def within(order: np.ndarray) -> float:
+        means = np.bincount(of_batch, weights=order, minlength=batches) / count
+        return float(1 - (count * np.square(means)).sum() / len(order) / spread)
+
+    shuffled = np.random.Generator(np.random.PCG64(0)).permutation(centred)
+    return {"batch_variance": within(centred), "batch_variance_shuffled": within(shuffled)}
 
 
 def _entropy(counts: np.ndarray) -> np.ndarray:

@@ -173,20 +173,22 @@ def bottleneck(run: Run) -> Iterator[Finding]:
     """
     if not outcome(run).poor(POOR):
         return
-    widths = [
+    inside = {layer["name"] for layer in program.hidden(run)}
+    sizes = [
         (layer["name"], program.number(layer["config"].get("units", layer["config"].get("filters"))))
         for layer in program.layers(run)
         if layer.get("parameters")
     ]
-    widths = [(name, width) for name, width in widths if width > 0]
-    if len(widths) < 2:
+    sizes = [(name, width) for name, width in sizes if width > 0]
+    widths = [(name, width) for name, width in sizes[:-1] if name in inside]
+    if not widths:
         return
-    classes = widths[-1][1]
-    narrow = [name for name, width in widths[:-1] if width == 1 or width < classes / 5]
-    small = max(width for _, width in widths[:-1]) <= SMALL and _rests(run)
+    classes = max(width for name, width in sizes if (name, width) not in widths)
+    narrow = [name for name, width in widths if width == 1 or width < classes / 5]
+    small = max(width for _, width in widths) <= SMALL and _rests(run)
     if not narrow and not small:
         return
-    certain, narrow = bool(narrow), narrow or [name for name, _ in widths[:-1]]
+    certain, narrow = bool(narrow), narrow or [name for name, _ in widths]
     yield about(
         run,
         "bottleneck",

@@ -182,30 +182,33 @@ def unscaled_targets(run: Run) -> Iterator[Finding]:
     >>> list(unscaled_targets(learning(targets=big, loss="mean_squared_error")))
     []
     """
-    loss = program.loss_name(run)
-    targets = program.leaves(run, "targets")
-    if len(targets) != 1 or not any(word in loss for word in ("squared", "absolute", "huber", "cosh")):
-        return
-    mean, spread = _list(targets[0].get("mean")), _list(targets[0].get("std"))
-    if not len(mean) or len(mean) != len(spread):
-        return
-    size, ended = float(np.hypot(np.abs(mean), spread).max()), outcome(run)
-    if not size > TARGETS or not ended.poor(0.3) or "logarithmic" in loss or "percentage" in loss:
-        return
-    m, s = float(mean[np.argmax(np.abs(mean))]), float(spread.max())
-    yield about(
-        run,
-        "unscaled_targets",
-        "error",
-        0.92 if size > FAR else 0.6,
-        ("targets_unnormalised", "lr_too_high" if not math.isfinite(ended.data_loss) else "lr_too_low"),
-        f"The targets are far from unit size: mean {m:.4g}, deviation {s:.4g}. A network starts at outputs near zero.",
-        {"target_rms": size, "target_mean": m, "target_std": s, "threshold": TARGETS, "skill": ended.skill},
-        (
-            "Standardise them: y = (y - y_train.mean()) / y_train.std(), and undo it in the predictions.",
-            f"Or start at their mean: Dense(1, bias_initializer=keras.initializers.Constant({m:.4g})).",
-        ),
-    )
+    for end in program.ends(run):
+        loss, ended = end.loss, outcome(run).of(end.name)
+        if not any(word in loss for word in ("squared", "absolute", "huber", "cosh")):
+            continue
+        mean, spread = _list(end.target.get("mean")), _list(end.target.get("std"))
+        if not len(mean) or len(mean) != len(spread):
+            continue
+        size = float(np.hypot(np.abs(mean), spread).max())
+        if not size > TARGETS or not ended.poor(0.3) or "logarithmic" in loss or "percentage" in loss:
+            continue
+        m, s = float(mean[np.argmax(np.abs(mean))]), float(spread.max())
+        of = f" of {end.name!r}" if end.name else ""
+        yield about(
+            run,
+            "unscaled_targets",
+            "error",
+            0.92 if size > FAR else 0.6,
+            ("targets_unnormalised", "lr_too_high" if not math.isfinite(ended.data_loss) else "lr_too_low"),
+            f"The targets{of} are far from unit size: mean {m:.4g}, deviation {s:.4g}. A network starts at outputs "
+            "near zero.",
+            {"target_rms": size, "target_mean": m, "target_std": s, "threshold": TARGETS, "skill": ended.skill},
+            (
+                "Standardise them: y = (y - y_train.mean()) / y_train.std(), and undo it in the predictions.",
+                f"Or start at their mean: Dense(1, bias_initializer=keras.initializers.Constant({m:.4g})).",
+            ),
+            where=(end.head.layer,) if end.name and end.head else (),
+        )
 
 
 def _features(run: Run) -> tuple[Mapping[str, Any], np.ndarray] | None:

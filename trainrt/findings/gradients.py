@@ -52,7 +52,7 @@ def vanishing(run: Run) -> Iterator[Finding]:
     """
     if not len(run.steps) or not outcome(run).poor(POOR):
         return
-    saturating = [layer["name"] for layer in program.layers(run) if layer["config"].get("activation") in SATURATES][:-1]
+    saturating = [layer["name"] for layer in program.hidden(run) if layer["config"].get("activation") in SATURATES]
     cells = [
         layer["name"]
         for layer in program.layers(run)
@@ -192,6 +192,45 @@ def unbounded_cell(run: Run) -> Iterator[Finding]:
         {"cells": cells},
         (f"Leave it out: keras.layers.GRU(units), not activation={kind!r}.",),
         where=tuple(cells),
+    )
+
+
+@rule
+def runaway_activation(run: Run) -> Iterator[Finding]:
+    """A hidden layer whose activation grows faster than its input: an exponential.
+
+    Means:   a hidden dense or convolution layer has activation='exponential', and the model learnt little or diverged.
+    Matters: e to the power of e to the power of e: two such layers in a row leave the range of the numbers, and their
+             gradients with them.
+    Try:     relu, gelu or tanh inside; exponential belongs on an output that is an amount.
+    Source:  Glorot et al., Deep sparse rectifier networks, 2011, on why hidden activations are linear or bounded.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> layers = [{"name": n, "class": "Dense", "config": {"units": 9, "activation": "exponential"}} for n in "ab"]
+    >>> [(finding.causes[0], finding.where) for finding in runaway_activation(stuck(layers=layers))]
+    [('hidden_activation', ('a',))]
+    >>> list(runaway_activation(learning(layers=layers)))
+    []
+    """
+    known = [layer for layer in program.hidden(run) if layer["config"].get("activation") == "exponential"]
+    if not known or not outcome(run).poor(POOR):
+        return
+    names = tuple(layer["name"] for layer in known)
+    yield about(
+        run,
+        "runaway_activation",
+        "error",
+        0.9,
+        ("hidden_activation", "exploding_gradient"),
+        f"The hidden layer {names[0]} puts out the exponential of its input"
+        + (
+            f", and so do {len(names) - 1} more: one in the other, they leave the range of numbers."
+            if names[1:]
+            else "."
+        ),
+        {"layers": list(names)},
+        ("activation='relu' there; 'exponential' belongs on an output that is an amount.",),
+        where=names,
     )
 
 

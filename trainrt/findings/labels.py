@@ -117,7 +117,7 @@ def labels_of_noise(run: Run) -> Iterator[Finding]:
             run,
             "labels_of_noise",
             "error",
-            0.8,
+            0.87,  # a model that is merely too free does better at first
             ("labels_wrong", "overfitting", "train_val_mismatch"),
             f"The training data is learnt (skill {ended.train:.2f}), but no epoch did better on the "
             "validation data than "

@@ -8,6 +8,7 @@ perfect model, 0 for the best constant prediction, and negative for a worse one:
   numbers   1 - mean squared error / variance of the targets, the coefficient of determination; of absolute errors
             1 - (mean absolute error / mean absolute deviation from the median) squared
   otherwise 1 - loss / loss of the best constant, where that is known: the entropy of the labels
+  several   the mean over the outputs, none of them counted as worse than -1
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class Outcome:
     data_loss: The loss at the end, without regularisers.
     settled: Whether the run may be judged by this: enough of it is over, or its loss stands still.
     far: Whether enough of it is over.
-    kind: What the skill is made from: "classes" (accuracy), "numbers" (differences), "loss" or "".
+    kind: What the skill is made from: "classes" (accuracy), "numbers" (differences), "loss", "several" outputs, or "".
     course: Validation skill of each epoch.
+    outputs: Name of an output -> its training and validation skill, and its kind; empty where there is one output.
     """
 
     train: float
@@ -59,6 +61,12 @@ class Outcome:
     far: bool
     kind: str
     course: tuple[float, ...] = ()
+    outputs: Mapping[str, tuple[float, float, str]] = dataclasses.field(default_factory=dict)
+
+    def of(self, name: str) -> Outcome:
+        """The outcome of one of several outputs."""
+        train, validation, kind = self.outputs.get(name, (self.train, self.validation, self.kind))
+        return dataclasses.replace(self, train=train, validation=validation, kind=kind)
 
     @property
     def skill(self) -> float:
@@ -91,11 +99,13 @@ def _outcome(run: Run) -> Outcome:
         return Outcome(NAN, NAN, NAN, constant_loss(run, "train"), data_loss, settled and run.end is not None, far, "")
     last = run.epochs[-1].logs
     extra = max(0.0, _regulariser(run))
-    train, kind = _skill(run, last, "", "train", extra)
-    validation, _ = _skill(run, last, "val_", "validation", extra)
-    each = [_skill(run, epoch.logs, "val_", "validation", extra)[0] for epoch in run.epochs]
+    train, kind, learnt = _skills(run, last, "", "train", extra)
+    validation, _, checked = _skills(run, last, "val_", "validation", extra)
+    each = [_skills(run, epoch.logs, "val_", "validation", extra)[0] for epoch in run.epochs]
     best = max((value for value in each if math.isfinite(value)), default=NAN)
-    return Outcome(train, validation, best, constant_loss(run, "train"), data_loss, settled, far, kind, tuple(each))
+    outputs = {name: (skill, checked.get(name, (NAN, ""))[0], of) for name, (skill, of) in learnt.items()}
+    constant = constant_loss(run, "train")
+    return Outcome(train, validation, best, constant, data_loss, settled, far, kind, tuple(each), outputs)
 
 
 def _regulariser(run: Run) -> float:
@@ -103,15 +113,29 @@ def _regulariser(run: Run) -> float:
     return float(np.nan_to_num(values[-1])) if len(values) else 0.0
 
 
-def _skill(run: Run, logs: Mapping[str, float], prefix: str, side: str, extra: float) -> tuple[float, str]:
-    targets = program.leaves(run, "targets", side) or program.leaves(run, "targets", "train")
-    if len(targets) != 1:
-        return NAN, ""
-    target = targets[0]
+def _skills(
+    run: Run, logs: Mapping[str, float], prefix: str, side: str, extra: float
+) -> tuple[float, str, dict[str, tuple[float, str]]]:
+    """Skill and its kind, and both for each of several outputs."""
+    ends = program.ends(run, side)
+    if len(ends) == 1:
+        return *_skill(run, logs, prefix, side, extra, ends[0]), {}
+    # What is beside the data is in the total alone.
+    each = {end.name: _skill(run, logs, f"{prefix}{end.name}_", side, 0.0, end) for end in ends}
+    known = [max(skill, -1.0) for skill, _ in each.values() if math.isfinite(skill)]
+    # One that is not known may be the one that matters.
+    if not known or len(known) < len(each):
+        return NAN, "", each
+    return sum(known) / len(known), "several", each
+
+
+def _skill(
+    run: Run, logs: Mapping[str, float], prefix: str, side: str, extra: float, end: program.End
+) -> tuple[float, str]:
+    target, loss = end.target, end.loss
     labels = target.get("labels") or {}
-    loss = program.loss_name(run)
     weighted = _class_weights(run, target)
-    if weighted is not None and not prefix:
+    if weighted is not None and side == "train":
         # The accuracy counts samples, the training counts their weights: the loss tells what was learnt.
         value = logs.get("loss", NAN) - extra
         return (1 - value / weighted, "loss") if weighted > 0 else (NAN, "")
@@ -123,7 +147,7 @@ def _skill(run: Run, logs: Mapping[str, float], prefix: str, side: str, extra: f
     kinds = ("one_hot", "binary") if "squared" in loss or "absolute" in loss else ("one_hot", "binary", "integer")
     if math.isfinite(accuracy) and chance < 1 and labels.get("kind") in kinds:
         skill = (accuracy - chance) / (1 - chance)
-        constant, value = constant_loss(run, side), logs.get(prefix + "loss", NAN) - extra
+        constant, value = _constant(target, loss), logs.get(prefix + "loss", NAN) - extra
         if chance > SKEWED and constant > 0 and math.isfinite(value):
             # Where one class is nearly all, its share is hard to beat though the probabilities are learnt.
             return max(skill, 1 - value / constant), "loss"
@@ -140,7 +164,7 @@ def _skill(run: Run, logs: Mapping[str, float], prefix: str, side: str, extra: f
     deviation = _deviation(target)
     if math.isfinite(absolute) and deviation > 0:
         return 1 - (absolute / deviation) ** 2, "numbers"
-    constant = constant_loss(run, side)
+    constant = _constant(target, loss)
     if math.isfinite(constant) and constant > 0 and math.isfinite(value):
         return 1 - value / constant, "loss"
     return NAN, ""
@@ -149,9 +173,10 @@ def _skill(run: Run, logs: Mapping[str, float], prefix: str, side: str, extra: f
 def constant_loss(run: Run, side: str = "train") -> float:
     """The loss of the best prediction that is the same for every sample; NaN where it is not known."""
     targets = program.leaves(run, "targets", side) or program.leaves(run, "targets", "train")
-    if len(targets) != 1:
-        return NAN
-    target, loss = targets[0], program.loss_name(run)
+    return _constant(targets[0], program.loss_name(run)) if len(targets) == 1 else NAN
+
+
+def _constant(target: Mapping[str, Any], loss: str) -> float:
     labels = target.get("labels") or {}
     if loss in ("categorical_crossentropy", "sparse_categorical_crossentropy"):
         if labels.get("kind") in ("one_hot", "integer", "binary") and "counts" in labels:

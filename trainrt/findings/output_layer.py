@@ -59,25 +59,26 @@ def output_contradicts_loss(run: Run) -> Iterator[Finding]:
     >>> list(output_contradicts_loss(stuck(layers=layers)))
     []
     """
-    head = program.head(run)
-    if head is None:
-        return
-    said = _contradiction(head)
-    if said is None:
-        return
-    causes, message, advice, certain = said
-    learnt = outcome(run).settled and outcome(run).skill >= LEARNT
-    yield about(
-        run,
-        "output_contradicts_loss",
-        "info" if learnt and not certain else "error",
-        0.97 if certain else 0.96,
-        causes,
-        message,
-        {"activation": head.activation, "units": head.units, "loss": head.loss, "from_logits": head.logits},
-        advice,
-        where=(head.layer,) if head.layer else (),
-    )
+    known = [(end.name, end.head) for end in program.ends(run)]
+    if len(known) < 2:
+        known = [("", program.head(run))]
+    for name, head in known:
+        said = _contradiction(head) if head is not None else None
+        if head is None or said is None:
+            continue
+        causes, message, advice, certain = said
+        ended = outcome(run).of(name)
+        yield about(
+            run,
+            "output_contradicts_loss",
+            "info" if ended.settled and ended.skill >= LEARNT and not certain else "error",
+            0.97 if certain else 0.96,
+            causes,
+            message,
+            {"activation": head.activation, "units": head.units, "loss": head.loss, "from_logits": head.logits},
+            advice,
+            where=(head.layer,) if head.layer else (),
+        )
 
 
 def _contradiction(head: program.Head) -> tuple[tuple[str, ...], str, tuple[str, ...], bool] | None:
@@ -95,6 +96,14 @@ def _contradiction(head: program.Head) -> tuple[tuple[str, ...], str, tuple[str,
             ("wrong_softmax_axis", "wrong_output_activation"),
             f"The softmax runs over axis {head.axis}, not over the classes.",
             ("keras.layers.Softmax(axis=-1).",),
+            False,
+        )
+    if head.activations.count("softmax") > 1:
+        return (
+            ("double_softmax", "wrong_output_activation"),
+            "The output goes through a softmax twice: the second one leaves hardly a difference between the classes "
+            f"(at most {math.e / (math.e + max(head.units, 2) - 1):.2g} for one of {head.units}).",
+            ("Remove one of them: Dense(n, activation='softmax') needs no Softmax() after it.",),
             False,
         )
     if loss == "categorical_crossentropy" and head.units == 1:
@@ -165,24 +174,23 @@ def labels_contradict_loss(run: Run) -> Iterator[Finding]:
     >>> list(labels_contradict_loss(stuck(layers=layers)))
     []
     """
-    head, targets = program.head(run), program.leaves(run, "targets")
-    if head is None or len(targets) != 1:
-        return
-    said = _misfit(head, targets[0])
-    if said is None:
-        return
-    causes, message, advice = said
-    yield about(
-        run,
-        "labels_contradict_loss",
-        "error",
-        0.97,
-        causes,
-        message,
-        {"min": targets[0].get("min"), "max": targets[0].get("max"), "loss": head.loss, "units": head.units},
-        advice,
-        where=(head.layer,) if head.layer else (),
-    )
+    for end in program.ends(run):
+        head, target = end.head, end.target
+        said = _misfit(head, target) if head is not None else None
+        if head is None or said is None:
+            continue
+        causes, message, advice = said
+        yield about(
+            run,
+            "labels_contradict_loss",
+            "error",
+            0.97,
+            causes,
+            message,
+            {"min": target.get("min"), "max": target.get("max"), "loss": head.loss, "units": head.units},
+            advice,
+            where=(head.layer,) if head.layer else (),
+        )
 
 
 def _misfit(head: program.Head, target: Mapping[str, Any]) -> tuple[tuple[str, ...], str, tuple[str, ...]] | None:
@@ -269,22 +277,22 @@ def differences_of_classes(run: Run) -> Iterator[Finding]:
     >>> list(differences_of_classes(learning(loss="mean_squared_error")))
     []
     """
-    targets = program.leaves(run, "targets")
-    kind = (targets[0].get("labels") or {}).get("kind") if len(targets) == 1 else None
-    loss, ended = program.loss_name(run), outcome(run)
-    if kind not in ("one_hot", "binary") or loss not in DIFFERENCES or not ended.poor(0.6):
-        return
-    usual = "binary_crossentropy" if kind == "binary" else "categorical_crossentropy"
-    yield about(
-        run,
-        "differences_of_classes",
-        "warning",
-        0.5,
-        ("wrong_loss", "wrong_output_activation"),
-        f"The labels are classes and the loss is {loss}, and the model learnt little (skill {ended.skill:.2f}).",
-        {"loss": loss, "labels": kind, "skill": ended.skill},
-        (f"loss={usual!r} with activation={'sigmoid' if kind == 'binary' else 'softmax'!r} on the last layer.",),
-    )
+    for end in program.ends(run):
+        kind, loss, ended = (end.target.get("labels") or {}).get("kind"), end.loss, outcome(run).of(end.name)
+        if kind not in ("one_hot", "binary") or loss not in DIFFERENCES or not ended.poor(0.6):
+            continue
+        usual = "binary_crossentropy" if kind == "binary" else "categorical_crossentropy"
+        yield about(
+            run,
+            "differences_of_classes",
+            "warning",
+            0.5,
+            ("wrong_loss", "wrong_output_activation"),
+            f"The labels are classes and the loss is {loss}, and the model learnt little (skill {ended.skill:.2f}).",
+            {"loss": loss, "labels": kind, "skill": ended.skill},
+            (f"loss={usual!r} with activation={'sigmoid' if kind == 'binary' else 'softmax'!r} on the last layer.",),
+            where=(end.head.layer,) if end.name and end.head else (),
+        )
 
 
 @rule
@@ -306,37 +314,49 @@ def output_out_of_reach(run: Run) -> Iterator[Finding]:
     >>> list(output_out_of_reach(stuck(layers=layers, targets=both | {"mean": [5.0]}, loss="mean_squared_error")))
     []
     """
-    head, targets = program.head(run), program.leaves(run, "targets")
-    if head is None or len(targets) != 1 or head.loss not in DIFFERENCES or head.activation not in RANGE:
-        return
-    low, high = RANGE[head.activation]
-    quantiles = (targets[0].get("labels") or {}).get("quantiles") or {}
-    mean, spread = targets[0].get("mean"), targets[0].get("std")
+    for end in program.ends(run):
+        said = _out_of_reach(end)
+        if said is None or end.head is None:
+            continue
+        (low, high), (least, most) = said
+        ended = outcome(run).of(end.name)
+        span = f"{low:g} to {high:g}" if math.isfinite(high) else f"{low:g} and above"
+        target, head = end.target, end.head
+        yield about(
+            run,
+            "output_out_of_reach",
+            "info" if ended.settled and ended.skill >= 0.9 else "error",
+            0.95,
+            ("wrong_output_activation", "targets_unnormalised"),
+            f"The output's {head.activation} puts out {span}, and the targets reach from {target.get('min'):.4g} to "
+            f"{target.get('max'):.4g}: those outside cannot be learnt.",
+            {"range": [low, high], "targets": [least, most], "activation": head.activation},
+            (
+                f"No activation at the end: keras.layers.Dense({head.units or 'n'}).",
+                "Or scale the targets into its range.",
+            ),
+            where=(head.layer,) if head.layer else (),
+        )
+
+
+def _out_of_reach(end: program.End) -> tuple[tuple[float, float], tuple[float, float]] | None:
+    """The range of the output and that of most targets, where the one does not hold the other."""
+    if end.head is None or end.head.loss not in DIFFERENCES or end.head.activation not in RANGE:
+        return None
+    low, high = RANGE[end.head.activation]
+    quantiles = (end.target.get("labels") or {}).get("quantiles") or {}
+    mean, spread = end.target.get("mean"), end.target.get("std")
     least, most = program.number(quantiles.get("0.01")), program.number(quantiles.get("0.99"))
     if math.isnan(least) and isinstance(mean, list) and isinstance(spread, list):
         sides = [(m - s, m + s) for m, s in zip(mean, spread, strict=False) if m is not None and s is not None]
         least, most = min((a for a, _ in sides), default=math.nan), max((b for _, b in sides), default=math.nan)
         # Between the extremes that were seen.
-        least = max(least, program.number(targets[0].get("min")))
-        most = min(most, program.number(targets[0].get("max")))
+        least = max(least, program.number(end.target.get("min")))
+        most = min(most, program.number(end.target.get("max")))
     room = MARGIN * max(abs(most - least), 1e-12)
     if not (least < low - room or most > high + room):
-        return
-    ended = outcome(run)
-    learnt = ended.settled and ended.skill >= 0.9
-    span = f"{low:g} to {high:g}" if math.isfinite(high) else f"{low:g} and above"
-    yield about(
-        run,
-        "output_out_of_reach",
-        "info" if learnt else "error",
-        0.95,
-        ("wrong_output_activation", "targets_unnormalised"),
-        f"The output's {head.activation} puts out {span}, and the targets reach from {targets[0].get('min'):.4g} to "
-        f"{targets[0].get('max'):.4g}: those outside cannot be learnt.",
-        {"range": [low, high], "targets": [least, most], "activation": head.activation},
-        (f"No activation at the end: keras.layers.Dense({head.units or 'n'}).", "Or scale the targets into its range."),
-        where=(head.layer,) if head.layer else (),
-    )
+        return None
+    return (low, high), (least, most)
 
 
 @rule
@@ -400,8 +420,9 @@ def no_hidden_activation(run: Run) -> Iterator[Finding]:
     known = program.layers(run)
     if not known or not outcome(run).poor(POOR):
         return
+    inside = {layer["name"] for layer in program.hidden(run)}
     body = [layer for layer in known if layer["class"] not in program.PASSIVE]
-    for layer in body[:-1]:
+    for layer in [layer for layer in body[:-1] if layer["name"] in inside]:
         if layer["class"] in ("Dense", "Conv1D", "Conv2D", "Conv3D", "SeparableConv2D", "EinsumDense"):
             if layer["config"].get("activation") != "linear":
                 return  # or not known

@@ -57,6 +57,15 @@ def layers(run: Run) -> list[dict[str, Any]]:
     return result
 
 
+def hidden(run: Run) -> list[dict[str, Any]]:
+    """The layers that put out nothing of the model's, where it is known which do; else all but the last."""
+    known = layers(run)
+    outputs = run.document("model").get("outputs") or []
+    ends = {str(one.get("layer") or "").rpartition("/")[2] for one in outputs if isinstance(one, Mapping)} - {""}
+    body = [layer for layer in known if layer["name"].rpartition("/")[2] not in ends]
+    return body if len(ends) > 1 else known[:-1]
+
+
 def first_layer(run: Run) -> str:
     """Class of the first layer that does something to the scale of its inputs; "" where the layers are not known."""
     return next((layer["class"] for layer in layers(run) if layer["class"] not in PASSIVE), "")
@@ -86,10 +95,18 @@ def loss_name(run: Run) -> str:
     >>> loss_name(Run.synthetic(environment={"compile": {"loss": "CategoricalCrossentropy"}}))
     'categorical_crossentropy'
     """
-    known = (run.environment or {}).get("compile")
-    loss = known.get("loss") if isinstance(known, Mapping) else None
+    loss = _compiled_loss(run)
     if isinstance(loss, (list, tuple)) and len(loss) == 1:
         loss = loss[0]
+    return _snake(loss)
+
+
+def _compiled_loss(run: Run) -> Any:
+    known = (run.environment or {}).get("compile")
+    return known.get("loss") if isinstance(known, Mapping) else None
+
+
+def _snake(loss: Any) -> str:
     if not isinstance(loss, str):
         return ""
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", loss).lower()
@@ -125,6 +142,7 @@ class Head(NamedTuple):
       loss: Name of the loss in snake case.
       logits: Whether the loss expects logits; None: not known, or it has no such choice.
       axis: Axis of its softmax; -1 where nothing else is known.
+      activations: All that follow the last kernel, in their order.
     """
 
     layer: str
@@ -133,27 +151,54 @@ class Head(NamedTuple):
     loss: str
     logits: bool | None
     axis: int
+    activations: tuple[str, ...] = ()
+
+
+class End(NamedTuple):
+    """One output of a model, with what it is compared to.
+
+    Attributes:
+      name: As the logs have it, `"price"` of `price_loss`; "" where there is one output.
+      target: Its tensor of the data passport.
+      loss: Name of its loss in snake case.
+      head: Its layer; None where it is not known.
+    """
+
+    name: str
+    target: dict[str, Any]
+    loss: str
+    head: Head | None
+
+
+def ends(run: Run, name: str = "train") -> list[End]:
+    """The outputs that have a target, on one side of the data passport; those of the training where it has none."""
+    targets = leaves(run, "targets", name) or leaves(run, "targets")
+    if len(targets) == 1:
+        return [End("", targets[0], loss_name(run), head(run))]
+    outputs = [one for one in run.document("model").get("outputs") or [] if isinstance(one, Mapping)]
+    names = [str(one.get("layer") or "").rpartition("/")[2] for one in outputs]
+    given, found = _compiled_loss(run), []
+    for i, target in enumerate(targets):
+        key = str(target.get("name", ""))
+        # Of a list of targets the names are places.
+        place = int(key) if key.isdigit() else names.index(key) if key in names else i
+        of = names[place] if key.isdigit() and place < len(names) else key
+        loss = given
+        if isinstance(given, Mapping):
+            loss = given.get(of)
+        elif isinstance(given, (list, tuple)):
+            loss = given[place] if place < len(given) else None
+        found.append(End(of, target, _snake(loss), _head(run, place, _snake(loss))))
+    return found
 
 
 def head(run: Run) -> Head | None:
     """The end of the model, from the document "model" where there is one, else from the layers' configurations."""
     known = run.document("model")
-    outputs, losses = known.get("outputs") or [], known.get("losses") or []
-    if len(outputs) == 1 and len(losses) == 1 and isinstance(outputs[0], Mapping) and isinstance(losses[0], Mapping):
-        one, loss = outputs[0], losses[0]
-        axis = one.get("softmax_axis")
-        rank = len(one.get("shape") or ())
-        axis = axis - rank if isinstance(axis, int) and axis >= 0 and rank else axis
-        logits = loss.get("from_logits")
-        name = loss_name(run) if not loss.get("custom") else ""
-        return Head(
-            str(one.get("layer") or ""),
-            str(one.get("activation") or ""),
-            int(one.get("units") or 0),
-            name,
-            bool(logits) if logits is not None else None,
-            axis if isinstance(axis, int) else -1,
-        )
+    if len(known.get("outputs") or []) == 1 and len(known.get("losses") or []) == 1:
+        one = _head(run, 0, loss_name(run))
+        if one is not None:
+            return one
     with_units = [layer for layer in layers(run) if layer["class"] not in PASSIVE]
     if not with_units or not loss_name(run):
         return None
@@ -167,3 +212,26 @@ def head(run: Run) -> Head | None:
     logits = False if isinstance(raw, str) and raw == raw.lower() else None
     name = activation if isinstance(activation, str) else ""
     return Head(last["name"], name, int(units) if isinstance(units, int) else 0, loss_name(run), logits, -1)
+
+
+def _head(run: Run, place: int, loss: str) -> Head | None:
+    """The output at a place, as the document "model" knows it."""
+    known = run.document("model")
+    outputs, losses = known.get("outputs") or [], known.get("losses") or []
+    one = outputs[place] if place < len(outputs) else None
+    about = next((each for each in losses if isinstance(each, Mapping) and each.get("output") == place), None)
+    if not isinstance(one, Mapping) or about is None:
+        return None
+    axis = one.get("softmax_axis")
+    rank = len(one.get("shape") or ())
+    axis = axis - rank if isinstance(axis, int) and axis >= 0 and rank else axis
+    logits = about.get("from_logits")
+    return Head(
+        str(one.get("layer") or ""),
+        str(one.get("activation") or ""),
+        int(one.get("units") or 0),
+        "" if about.get("custom") else loss,
+        bool(logits) if logits is not None else None,
+        axis if isinstance(axis, int) else -1,
+        tuple(str(name) for name in one.get("activations") or ()),
+    )
