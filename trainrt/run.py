@@ -299,7 +299,8 @@ class Run:
         """
         if name not in JOINT:
             raise KeyError(f"No joint sum {name!r}. A run has {', '.join(JOINT)}.")
-        return self._of_weights(len(JOINT), lambda chunk: chunk.joint, _join_sums)[..., JOINT.index(name)]
+        cube = self.memo("joint", lambda: self._of_weights(len(JOINT), lambda chunk: chunk.joint, _join_sums))
+        return cube[..., JOINT.index(name)]
 
     def scalar(self, name: str, column: str = "mean") -> np.ndarray:
         """[T]: a scalar's `"mean"`, `"min"` or `"max"` over the steps of each window.

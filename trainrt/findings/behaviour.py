@@ -124,9 +124,8 @@ def binding_constraint(run: Run) -> Iterator[Finding]:
     if not len(run.steps) or not outcome(run).poor(POOR):
         return
     last, held = run.moments(WEIGHT)[-1].rms, {}
-    by_layer = {layer["name"]: layer["config"] for layer in program.layers(run)}
     for p, parameter in enumerate(run.roster.parameters):
-        config = by_layer.get(parameter.layer) or {}
+        config = program.configuration(run, parameter.layer)
         constraint = config.get(f"{parameter.path.rpartition('/')[2]}_constraint")
         if not constraint:
             continue

@@ -12,6 +12,7 @@ from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
+from trainrt.findings.series import scalar
 from trainrt.run import Run
 
 MIXED = 0.7
@@ -23,24 +24,34 @@ SHIFT, SPREAD = 0.5, 2.0
 VARIATION = 0.5
 """Total variation distance between the classes of both sets: half of one set has no counterpart in the other."""
 SHARED = 0.05
+JUMP = 2.0
+POOR = 0.6
 
 
 @rule
 def unshuffled(run: Run) -> Iterator[Finding]:
-    """Data that is sorted by label and is not shuffled.
+    """Data that is sorted by label, or by the number to predict, and is not shuffled.
 
-    Means:   batches hold far fewer classes than batches of a shuffle would, and equal labels come in long runs.
+    Means:   batches hold far fewer classes than batches of a shuffle would, and equal labels come in long runs. Of
+             numbers: they vary less within batches than after a shuffle, each epoch begins with a loss of twice the
+             epoch's, since the model has run after the last rows, and it ends up poor. A series in its order may learn.
     Matters: each batch pulls the model to the class that it holds, and the next one back: the loss saws, and the model
              that is left at the end of an epoch favours the last class.
     Try:     shuffle=True in fit; in tf.data, shuffle before batch with a buffer as large as the data set.
     Source:  Bengio, Practical recommendations for gradient-based training, 2012, section 3.1 (order of the examples).
 
-    >>> from trainrt.findings.examples import learning
+    >>> from trainrt.findings.examples import learning, stuck
     >>> labels = {"kind": "binary", "counts": {"0": 500, "1": 500}, "batch_entropy": 0.02, "run_length": 500.0}
     >>> labels |= {"batch_entropy_shuffled": 0.98, "run_length_shuffled": 2.0}
     >>> [finding.causes[0] for finding in unshuffled(learning(targets={"labels": labels}, train={"shuffle": False}))]
     ['unshuffled_data']
     >>> list(unshuffled(learning(targets={"labels": labels | {"batch_entropy": 0.97, "run_length": 2.1}})))
+    []
+    >>> numbers = {"labels": {"kind": "continuous", "batch_variance": 0.03, "batch_variance_shuffled": 0.97}}
+    >>> saw = {"losses": np.tile(np.geomspace(9, 0.4, 50), 4), "loss": "mean_squared_error"}
+    >>> [finding.causes[0] for finding in unshuffled(stuck(targets=numbers, **saw))]
+    ['unshuffled_data']
+    >>> list(unshuffled(learning(targets=numbers, loss="mean_squared_error")))
     []
     """
     train = program.side(run)
@@ -51,18 +62,29 @@ def unshuffled(run: Run) -> Iterator[Finding]:
         usual = program.number(labels.get("run_length_shuffled"))
         # Of batches of a row or two the entropy says nothing; the runs do.
         sorted_batches = after > 0.2 and mixed < MIXED * after
+        varied, usually = (program.number(labels.get(f"batch_variance{of}")) for of in ("", "_shuffled"))
+        how, advice = _unmixed(train)
+        if usually > 0.2 and varied < MIXED * usually:
+            restart = _restart(run)
+            ended = outcome(run)
+            known = ended.validation if math.isfinite(ended.validation) else ended.train
+            if not (restart > JUMP and ended.far and known < POOR):
+                continue
+            yield about(
+                run,
+                "unshuffled",
+                "error",
+                0.9,
+                ("unshuffled_data", "lr_too_high"),
+                f"The rows come sorted by their targets ({how}): within a batch they vary {varied:.2g} times as much "
+                f"as in all, {usually:.2g} times after a shuffle. Each epoch begins with {restart:.3g} times the loss of "
+                "the epoch: the model runs after the rows that it saw last.",
+                {"batch_variance": varied, "batch_variance_shuffled": usually, "restart": restart, "threshold": MIXED},
+                advice,
+            )
+            return
         if not (sorted_batches and length > RUNS * usual):
             continue
-        shuffles = (train.get("pipeline") or {}).get("shuffles") or []
-        small = [s for s in shuffles if s.get("buffer") and s.get("cardinality") and s["buffer"] < s["cardinality"]]
-        how = "shuffle=False" if train.get("shuffle") is False else "no shuffle mixes them"
-        advice = ("Shuffle: trainrt.fit(..., shuffle=True).",)
-        if train.get("source") != "arrays":
-            buffer = (
-                f"a buffer of {small[0]['buffer']} for {small[0]['cardinality']} elements" if small else "no shuffle"
-            )
-            how = f"the pipeline has {buffer}"
-            advice = ("dataset.shuffle(number_of_samples).batch(size): before batch, the buffer as large as the data.",)
         yield about(
             run,
             "unshuffled",
@@ -76,6 +98,29 @@ def unshuffled(run: Run) -> Iterator[Finding]:
             advice,
         )
         return
+
+
+def _unmixed(train: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """What does not mix the rows, and what would."""
+    if train.get("source") == "arrays":
+        how = "shuffle=False" if train.get("shuffle") is False else "no shuffle mixes them"
+        return how, ("Shuffle: trainrt.fit(..., shuffle=True).",)
+    shuffles = (train.get("pipeline") or {}).get("shuffles") or []
+    small = [s for s in shuffles if s.get("buffer") and s.get("cardinality") and s["buffer"] < s["cardinality"]]
+    buffer = f"a buffer of {small[0]['buffer']} for {small[0]['cardinality']} elements" if small else "no shuffle"
+    return (
+        f"the pipeline has {buffer}",
+        ("dataset.shuffle(number_of_samples).batch(size): before batch, the buffer as large as the data.",),
+    )
+
+
+def _restart(run: Run) -> float:
+    """Loss of the first window of an epoch over the median of all, later epochs; NaN where epochs share a window."""
+    starts = [epoch.step + 1 for epoch in run.epochs[len(run.epochs) // 2 : -1]]
+    loss, at = scalar(run, "loss"), np.searchsorted(run.steps[:, 0], starts)
+    if not starts or at[-1] >= len(loss) or not (run.steps[at, 0] == starts).all():
+        return math.nan
+    return float(np.median(loss[at]) / np.median(loss[len(loss) // 2 :]))
 
 
 @rule

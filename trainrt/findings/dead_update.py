@@ -295,8 +295,8 @@ def _thrown(view: _View, t: int) -> float:
 
 def _activation(run: Run, path: str) -> str:
     """Activation of the layer of that path, "" where it is not known."""
-    known = (layer["config"].get("activation") for layer in program.layers(run) if layer["name"] == path)
-    return next((kind for kind in known if isinstance(kind, str)), "")
+    kind = program.configuration(run, path).get("activation")
+    return kind if isinstance(kind, str) else ""
 
 
 def _rate(view: _View, t: int) -> float:

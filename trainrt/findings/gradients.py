@@ -114,7 +114,6 @@ def wild_start(run: Run) -> Iterator[Finding]:
     """
     if not len(run.steps) or not outcome(run).poor(POOR):
         return
-    told = {layer["name"]: layer["config"].get("kernel_initializer") for layer in program.layers(run)}
     # After the first step: the start is at most one update away.
     first = run.moments(WEIGHT)[0].rms - np.nan_to_num(run.moments(UPDATE)[0].rms)
     gains = {}
@@ -122,7 +121,7 @@ def wild_start(run: Run) -> Iterator[Finding]:
         if len(parameter.shape) < 2 or "embedding" in parameter.path.rpartition("/")[2]:
             continue
         fan_in = math.prod(parameter.shape[:-1])
-        deviation = _deviation(told.get(parameter.layer))
+        deviation = _deviation(program.configuration(run, parameter.layer).get("kernel_initializer"))
         if deviation is None:
             deviation = float(first[p]) if np.isfinite(first[p]) else 0.0
         gains[parameter.path] = max(deviation, 0.0) * math.sqrt(fan_in)

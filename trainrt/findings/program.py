@@ -57,6 +57,21 @@ def layers(run: Run) -> list[dict[str, Any]]:
     return result
 
 
+def configuration(run: Run, path: str) -> dict[str, Any]:
+    """Configuration of the layer that owns weights, by its path; {} where it is not known.
+
+    A `Sequential` puts its own name before its layers' in the paths of weights, and not in their names.
+
+    >>> layers = [{"name": "dense", "config": {"units": 3}}]
+    >>> run = Run.synthetic(environment={"model": {"layers": layers}})
+    >>> configuration(run, "sequential/dense"), configuration(run, "other")
+    ({'units': 3}, {})
+    """
+    known = run.memo("configurations", lambda: {layer["name"]: layer["config"] for layer in layers(run)})
+    parts = path.split("/")
+    return next((known[name] for i in range(len(parts)) if (name := "/".join(parts[i:])) in known), {})
+
+
 def hidden(run: Run) -> list[dict[str, Any]]:
     """The layers that put out nothing of the model's, where it is known which do; else all but the last."""
     known = layers(run)

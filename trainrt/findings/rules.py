@@ -45,6 +45,7 @@ EXPLAINS: dict[str, tuple[str, ...]] = {
     "frozen_layers": ("graph_cut", "capacity"),
     "flipped_sign": _WRONG,
     "labels_wrong": ("overfitting",),
+    "batchnorm_statistics": ("overfitting", "labels_wrong", "train_val_mismatch"),
     **dict.fromkeys(
         (
             *("wrong_output_activation", "missing_softmax", "double_softmax", "wrong_softmax_axis", "wrong_loss"),
