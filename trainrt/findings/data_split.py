@@ -77,8 +77,8 @@ def unshuffled(run: Run) -> Iterator[Finding]:
                 0.9,
                 ("unshuffled_data", "lr_too_high"),
                 f"The rows come sorted by their targets ({how}): within a batch they vary {varied:.2g} times as much "
-                f"as in all, {usually:.2g} times after a shuffle. Each epoch begins with {restart:.3g} times the loss of "
-                "the epoch: the model runs after the rows that it saw last.",
+                f"as in all, {usually:.2g} times after a shuffle. Each epoch begins with {restart:.3g} times "
+                "the loss of the epoch: the model runs after the rows that it saw last.",
                 {"batch_variance": varied, "batch_variance_shuffled": usually, "restart": restart, "threshold": MIXED},
                 advice,
             )
