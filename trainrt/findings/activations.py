@@ -65,11 +65,15 @@ def dead_units(run: Run) -> Iterator[Finding]:
         "error",
         0.75,
         causes,
-        f"{shorten(paths)}: {value(dead[0], 'zero_units'):.0%} of the units are zero for every row, {how}.",
+        f"{shorten(paths)}: {value(dead[0], 'zero_units'):.0%} of the units are zero for every row, {how}: no gradient "
+        "passes.",
         {"zero_units": {one["path"]: value(one, "zero_units") for one in dead}, "at_first": began, "threshold": DEAD},
         (
-            "A tenth of the learning rate, if they began alive: a large step pushes units where they are always off.",
-            "keras.layers.LeakyReLU() or activation='elu', which are nowhere flat; kernel_initializer='he_normal'.",
+            "bias_initializer='zeros', kernel_initializer='he_normal' and inputs of unit size: a start with units that "
+            "are on."
+            if at_once
+            else "A tenth of the learning rate: a large step pushes units where they are always off.",
+            "keras.layers.LeakyReLU() or activation='elu', which are nowhere flat.",
         ),
         where=paths,
         steps=span(seen),

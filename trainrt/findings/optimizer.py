@@ -81,7 +81,7 @@ def drowning_epsilon(run: Run) -> Iterator[Finding]:
         0.95 if share > 0.9 else 0.93,
         ("epsilon_dominates", "lr_too_low"),
         f"The optimizer's epsilon of {epsilon:.2g} outweighs the gradients it divides by{counted}: they are "
-        f"{level:.2g} of it, and the steps shrink with them.",
+        f"{level:.2g} of its size, and the steps shrink with them.",
         {
             "root_mean_square_over_epsilon": level,
             "elements_under_epsilon": share,
@@ -133,7 +133,7 @@ def heavy_momentum(run: Run) -> Iterator[Finding]:
         return
     rate = percentile(scalar(run, "learning_rate"), 50)
     times = 1 / (1 - momentum)
-    where = f" The cosine between momentum and gradient is {along:.2g}." if math.isfinite(along) else ""
+    where = f" The steps hardly follow the gradient (cosine {along:.2g})." if math.isfinite(along) else ""
     effective = f", so the effective learning rate is {rate * times:.3g}" if name == "momentum" else ""
     yield about(
         run,

@@ -55,8 +55,18 @@ def render(findings: Sequence[Finding], file: TextIO | None = None, width: int |
         for i, advice in enumerate(finding.advice):
             say("         " if i else "  try    ", advice)
         for consequence in finding.evidence.get("consequences", ()):
-            say("  and so ", f"{consequence['rule']}: {consequence['message']}")
+            say("  hence  ", f"{consequence['rule']}: {first_sentence(consequence['message'])}")
         console.print()
+
+
+def first_sentence(words: str) -> str:
+    """What a consequence is, without its reasons: they are the finding's.
+
+    >>> first_sentence("The loss is 2.5 in the end. It began at 0.1 e.g. here.")
+    'The loss is 2.5 in the end.'
+    """
+    end = words.find(". ")
+    return words if end < 0 else words[: end + 1]
 
 
 def printable(words: str, encoding: str | None = None) -> str:

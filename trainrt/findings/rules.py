@@ -70,6 +70,8 @@ DYNAMICS = (
 """Rules about what the steps did: from the first number on that is not finite, they say nothing new."""
 
 MINUTE_S = 60.0
+ADVICE = 3
+"""Lines of advice to a cause that several rules found."""
 LIKELY = 0.65
 """Confidence from which on a cause takes the symptoms that it explains, however certain they are."""
 
@@ -194,7 +196,8 @@ def _absorb(head: Finding, finding: Finding) -> Finding:
         return dataclasses.replace(head, steps=steps, evidence=evidence)
     # The run as a whole, (), already contains every weight.
     where = _union(head.where, finding.where) if head.where and finding.where else ()
-    causes, advice = _union(head.causes, finding.causes)[:5], _union(head.advice, finding.advice)
+    # Nobody tries more than that, and the first finding's own come first.
+    causes, advice = _union(head.causes, finding.causes)[:5], _union(head.advice, finding.advice)[:ADVICE]
     return dataclasses.replace(head, where=where, causes=causes, steps=steps, evidence=evidence, advice=advice)
 
 
@@ -226,9 +229,9 @@ def about(
     where: tuple[str, ...] = (),
     steps: tuple[int, int] | None = None,
 ) -> Finding:
-    """A finding about all steps of a run, unless told which."""
-    if steps is None:
-        steps = (int(run.steps[0, 0]), int(run.steps[-1, 1]))
+    """A finding about all steps of a run, unless told which. A look after the last step is of that step."""
+    first, last = int(run.steps[0, 0]), int(run.steps[-1, 1])
+    steps = (first, last) if steps is None else (min(steps[0], last), min(steps[1], last))
     return Finding(rule, severity, confidence, causes, where, steps, message, evidence, advice)
 
 

@@ -44,11 +44,18 @@ def kernel_ratio(update: Moments, weight: Moments) -> np.ndarray:
 
 
 def middle(values: np.ndarray) -> np.ndarray:
-    """[T] medians of [T, P], NaN left out; NaN where a row has nothing else."""
-    result = np.full(len(values), np.nan)
-    known = ~np.isnan(values).all(axis=1)
-    result[known] = np.nanmedian(values[known], axis=1)
-    return result
+    """[T] medians of [T, P], NaN left out; NaN where a row has nothing else.
+
+    >>> middle(np.array([[3.0, np.nan, 1.0, 2.0], [4.0, np.nan, 1.0, np.nan], [np.nan] * 4]))
+    array([2. , 2.5, nan])
+    """
+    if not values.shape[1]:
+        return np.full(len(values), np.nan)
+    # NaN comes last. np.nanmedian is ten times slower.
+    order, count = np.sort(values, axis=1), (~np.isnan(values)).sum(axis=1)
+    row = np.arange(len(values))
+    low, high = order[row, np.maximum(count - 1, 0) // 2], order[row, np.minimum(count // 2, values.shape[1] - 1)]
+    return np.where(count > 0, (low + high) / 2, np.nan)
 
 
 def percentile(values: np.ndarray, q: float, weights: np.ndarray | None = None) -> float:
@@ -121,6 +128,10 @@ def _loss_trend(run: Run) -> Trend:
 
 def pace(run: Run) -> tuple[float, float]:
     """Median update ratio of kernels, and how far all updates went, end to end."""
+    return run.memo("pace", lambda: _pace(run))
+
+
+def _pace(run: Run) -> tuple[float, float]:
     update, weight = run.moments(UPDATE), run.moments(WEIGHT)
     matrices = np.flatnonzero(kernels(run, weight))
     if not len(matrices):
