@@ -25,7 +25,11 @@ VARIATION = 0.5
 """Total variation distance between the classes of both sets: half of one set has no counterpart in the other."""
 SHARED = 0.05
 JUMP = 2.0
-POOR = 0.6
+"""Loss at the beginning of an epoch over that of the epoch."""
+POOR, LEARNT = 0.6, 0.9
+"""Skills: under the one the order does harm, from the other on it does none."""
+WORSE = 1.5
+"""Validation loss over training loss, where no skill is known."""
 
 
 @rule
@@ -85,10 +89,11 @@ def unshuffled(run: Run) -> Iterator[Finding]:
             return
         if not (sorted_batches and length > RUNS * usual):
             continue
+        known = outcome(run).validation if math.isfinite(outcome(run).validation) else outcome(run).train
         yield about(
             run,
             "unshuffled",
-            "error",
+            "info" if outcome(run).settled and known >= LEARNT else "error",
             0.95,
             ("unshuffled_data",),
             f"The rows come sorted by label ({how}): {length:.3g} equal labels in a row where a shuffle has "
@@ -128,7 +133,8 @@ def validation_differs(run: Run) -> Iterator[Finding]:
     """Validation data of another distribution than the training data.
 
     Means:   the inputs' means differ by half a deviation, or their deviations by a factor of 2, or the classes' shares
-             by a total variation of 0.5; and the model does clearly worse on the validation data.
+             by a total variation of 0.5; and the model does clearly worse on the validation data: by 0.1 of skill, or
+             at 1.5 times the loss where no skill is known.
     Matters: what is measured there says nothing about the training: usually one of both was scaled and the other was
              not, or the split cut a sorted file.
     Try:     the same preprocessing for both, with the training set's numbers; shuffle before you split.
@@ -149,6 +155,9 @@ def validation_differs(run: Run) -> Iterator[Finding]:
     ended = outcome(run)
     known = math.isfinite(ended.train) and math.isfinite(ended.validation)
     if known and not ended.validation < ended.train - 0.1:
+        return
+    logs = run.epochs[-1].logs if run.epochs else {}
+    if not known and not logs.get("val_loss", math.nan) > WORSE * abs(logs.get("loss", math.nan)):
         return
     pairs = zip(program.leaves(run, "inputs"), program.leaves(run, "inputs", "validation"), strict=False)
     shift, ratio = 0.0, 1.0

@@ -13,6 +13,8 @@ from trainrt.findings.series import scalar
 from trainrt.run import Run
 
 POOR = 0.6
+LEARNS = 0.3
+"""Skill that no loss with the wrong sign leads to."""
 GAP = 0.5
 """Deviations of the outputs between batch statistics and moving ones."""
 LOST = 0.5
@@ -25,7 +27,8 @@ def loss_upside_down(run: Run) -> Iterator[Finding]:
     """A loss that likes wrong predictions better than right ones.
 
     Means:   asked about predictions made up from the targets of the kept batch, the loss is lower for the wrong class,
-             or the mirror image of the number, than for the truth.
+             or the mirror image of the number, than for the truth; and the model learnt nothing, or the loss is
+             negative. An info where it is not known what the model learnt: outputs may be distances or policies.
     Matters: the training does what it was told, and maximises the error.
     Try:     the sign: a cross-entropy is -sum(y * log(p)); the order of arguments: loss(y_true, y_pred).
     Source:  exact: the compiled loss itself was asked.
@@ -42,11 +45,16 @@ def loss_upside_down(run: Run) -> Iterator[Finding]:
     perfect, opposite, constant = (value(reference, name) for name in ("perfect", "opposite", "constant"))
     if not (opposite < perfect and constant < perfect):
         return
+    ended = outcome(run)
+    if ended.settled and ended.skill >= LEARNS:
+        return
+    # What a loss of one's own takes for a prediction may be a distance or a policy: there "right" means something else.
+    sure = ended.poor(LEARNS) or (constant < 0 and opposite < 0)
     yield about(
         run,
         "loss_upside_down",
-        "error",
-        0.98,
+        "error" if sure else "info",
+        0.98 if sure else 0.4,
         ("flipped_sign", "wrong_loss"),
         f"The loss has the wrong sign: right predictions would cost {perfect:.4g}, a constant one {constant:.4g}, "
         f"wrong ones {opposite:.4g}.",

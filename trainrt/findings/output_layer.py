@@ -217,6 +217,8 @@ def _misfit(head: program.Head, target: Mapping[str, Any]) -> tuple[tuple[str, .
             f"The targets reach from {span}, and a binary cross-entropy takes 0 to 1: it has no lower bound here.",
             ("A number: loss='mean_squared_error' and no activation on the last layer.",),
         )
+    # -1 or 255 for "no label".
+    low, high = (math.nan if end == head.ignored else end for end in (low, high))
     if head.loss == "sparse_categorical_crossentropy" and head.units > 1 and (low < 0 or high >= head.units):
         return (
             ("label_range", "output_units"),

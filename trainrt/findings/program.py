@@ -5,6 +5,7 @@ Everything here answers with an empty value where the passport does not tell: a 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -158,6 +159,7 @@ class Head(NamedTuple):
       logits: Whether the loss expects logits; None: not known, or it has no such choice.
       axis: Axis of its softmax; -1 where nothing else is known.
       activations: All that follow the last kernel, in their order.
+      ignored: The class that its loss leaves out; NaN where it leaves out none.
     """
 
     layer: str
@@ -167,6 +169,7 @@ class Head(NamedTuple):
     logits: bool | None
     axis: int
     activations: tuple[str, ...] = ()
+    ignored: float = math.nan
 
 
 class End(NamedTuple):
@@ -249,4 +252,5 @@ def _head(run: Run, place: int, loss: str) -> Head | None:
         bool(logits) if logits is not None else None,
         axis if isinstance(axis, int) else -1,
         tuple(str(name) for name in one.get("activations") or ()),
+        number((about.get("config") or {}).get("ignore_class")),
     )
