@@ -7,6 +7,8 @@ import pytest
 
 import trainrt
 from trainrt.findings import program
+from trainrt.findings.examples import learning
+from trainrt.findings.looks import example
 from trainrt.findings.outcome import outcome
 from trainrt.record import Document, Epoch
 from trainrt.run import Run
@@ -43,6 +45,19 @@ def test_skill_of_several_outputs_is_their_mean_and_each_has_its_own():
 
 def test_an_output_that_is_not_known_leaves_the_whole_unknown():
     assert math.isnan(outcome(two({"loss": 1.0, "sold_loss": 0.3, "sold_accuracy": 0.75})).skill)
+
+
+def test_a_loss_of_ones_own_is_asked_what_constant_and_right_predictions_cost():
+    def skill(value, **reference):
+        look = example(0, reference={"constant": 2.0, "perfect": 0.5, "opposite": 9.0, "exact": 0.0} | reference)
+        logs = {"loss": value, "accuracy": math.nan, "val_loss": value, "val_accuracy": math.nan}
+        return outcome(learning(loss="my_loss", documents=[look], logs=logs)).skill
+
+    assert skill(2.0) == pytest.approx(0.0)
+    assert skill(0.5) == pytest.approx(1.0)
+    assert skill(1.1) == pytest.approx(0.6)
+    # It likes wrong predictions better: its outputs mean something else.
+    assert math.isnan(skill(1.1, opposite=0.1))
 
 
 def test_targets_in_a_list_are_named_by_their_place():

@@ -7,7 +7,8 @@ perfect model, 0 for the best constant prediction, and negative for a worse one:
             class is nearly all, what the loss tells, if that is more
   numbers   1 - mean squared error / variance of the targets, the coefficient of determination; of absolute errors
             1 - (mean absolute error / mean absolute deviation from the median) squared
-  otherwise 1 - loss / loss of the best constant, where that is known: the entropy of the labels
+  otherwise how much of the way from the loss of the best constant to that of right predictions the loss has gone: the
+            entropy of the labels, or what the first look into the model asked the loss itself, whatever loss it is
   several   the mean over the outputs, none of them counted as worse than -1
 """
 
@@ -22,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from trainrt.findings import program
+from trainrt.findings.looks import looks
+from trainrt.findings.looks import value as number
 from trainrt.findings.series import falls_late, loss_trend, penalty, scalar
 from trainrt.run import Run
 
@@ -29,6 +32,8 @@ NAN = float("nan")
 ACCURACIES = ("accuracy", "acc", "categorical_accuracy", "sparse_categorical_accuracy", "binary_accuracy")
 SQUARED = ("mse", "mean_squared_error")
 ABSOLUTE = ("mae", "mean_absolute_error")
+ROOTS = ("rmse", "root_mean_squared_error")
+EXPLAINED = ("r2_score", "r2")
 SKEWED = 0.8
 """Share of the largest class from which on an accuracy says little."""
 FEW = 3
@@ -123,9 +128,10 @@ def _skills(
     # What is beside the data is in the total alone.
     each = {end.name: _skill(run, logs, f"{prefix}{end.name}_", side, 0.0, end) for end in ends}
     known = [max(skill, -1.0) for skill, _ in each.values() if math.isfinite(skill)]
-    # One that is not known may be the one that matters.
     if not known or len(known) < len(each):
-        return NAN, "", each
+        # One that is not known may be the one that matters; the loss of all is.
+        (constant, perfect), value = _asked(run), logs.get(prefix + "loss", NAN) - extra
+        return ((constant - value) / (constant - perfect), "loss", each) if constant > 0 else (NAN, "", each)
     return sum(known) / len(known), "several", each
 
 
@@ -154,9 +160,14 @@ def _skill(
         return skill, "classes"
     value = logs.get(prefix + "loss", NAN)
     value = value - extra if math.isfinite(value) else value
+    explained = next((float(logs[prefix + name]) for name in EXPLAINED if prefix + name in logs), NAN)
+    if math.isfinite(explained):
+        return explained, "numbers"
     squared = (
         value if loss in SQUARED else next((logs[prefix + name] for name in SQUARED if prefix + name in logs), NAN)
     )
+    root = next((logs[prefix + name] for name in ROOTS if prefix + name in logs), NAN)
+    squared = squared if math.isfinite(squared) else root**2
     spread = _variance(target)
     if math.isfinite(squared) and spread > 0:
         return 1 - squared / spread, "numbers"
@@ -164,10 +175,22 @@ def _skill(
     deviation = _deviation(target)
     if math.isfinite(absolute) and deviation > 0:
         return 1 - (absolute / deviation) ** 2, "numbers"
-    constant = _constant(target, loss)
-    if math.isfinite(constant) and constant > 0 and math.isfinite(value):
-        return 1 - value / constant, "loss"
+    constant, perfect = _constant(target, loss), 0.0
+    asked = _asked(run) if not end.name else (NAN, NAN)
+    if math.isnan(constant):
+        constant, perfect = asked
+    elif 0 < asked[1] < constant / 2:
+        perfect = asked[1]  # smoothed labels, and losses with a floor
+    if constant > max(perfect, 0) and math.isfinite(value):
+        return (constant - value) / (constant - perfect), "loss"
     return NAN, ""
+
+
+def _asked(run: Run) -> tuple[float, float]:
+    """What a look heard from the loss about constant and right predictions; NaN where it likes wrong ones better."""
+    reference = next((look["reference"] for look in looks(run) if look.get("reference")), None)
+    constant, perfect, opposite = (number(reference, name) for name in ("constant", "perfect", "opposite"))
+    return (constant, perfect) if perfect < constant < opposite else (NAN, NAN)
 
 
 def constant_loss(run: Run, side: str = "train") -> float:
@@ -182,7 +205,7 @@ def _constant(target: Mapping[str, Any], loss: str) -> float:
         if labels.get("kind") in ("one_hot", "integer", "binary") and "counts" in labels:
             return _entropy(labels["counts"])
         return NAN
-    if loss in ("binary_crossentropy", "binary_focal_crossentropy"):
+    if loss == "binary_crossentropy":
         low, high = target.get("min"), target.get("max")
         if low is None or high is None or low < 0 or high > 1:
             return NAN

@@ -112,9 +112,10 @@ def loss_name(run: Run) -> str:
     'categorical_crossentropy'
     """
     loss = _compiled_loss(run)
-    if isinstance(loss, (list, tuple)) and len(loss) == 1:
-        loss = loss[0]
-    return _snake(loss)
+    parts = (
+        list(loss.values() if isinstance(loss, Mapping) else loss) if isinstance(loss, (Mapping, list, tuple)) else []
+    )
+    return _snake(parts[0] if len(parts) == 1 else loss)
 
 
 def _compiled_loss(run: Run) -> Any:
