@@ -117,11 +117,12 @@ class Timing:
             return told
         if not steps:
             return told
-        known = told[0, 1] == told[0, 1]
-        waited = float(told[:, 1].sum()) if known else 0.0
-        self._waited |= bool(known)
+        spent, waited = told[0, :2].tolist() if steps == 1 else told[:, :2].sum(axis=0).tolist()
+        known = waited == waited
+        waited = waited if known else 0.0
+        self._waited |= known
         if clock is not None and known:
-            self._waited_share = waited / max(float(told[:, 0].sum()), 1e-9)
+            self._waited_share = waited / max(spent, 1e-9)
         self._add("input", waited)
         self._add("step", max(ended - begun - waited, 0.0))
         self._straggle(first, told)
@@ -132,7 +133,8 @@ class Timing:
     def _straggle(self, first: int, told: np.ndarray) -> None:
         usual, step_s = self._usual, told[:, 0]
         limit = max(STRAGGLER * usual, usual + STRAGGLER_S)
-        if step_s.max() > limit:  # never where nothing is usual yet: that is NaN
+        longest = step_s.item() if len(step_s) == 1 else step_s.max()
+        if longest > limit:  # never where nothing is usual yet: that is NaN
             for i in np.flatnonzero(step_s > limit):
                 self._straggling[0] += 1
                 self._straggling[1] += float(step_s[i]) - usual
