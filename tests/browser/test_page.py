@@ -168,7 +168,11 @@ def test_two_runs_are_compared_on_the_same_steps(tab, server, logdir):
     assert "clip" in page.text("ol[aria-label='Explanations, likeliest first'] li >> nth=0")
     assert f"differs from {name} (GOOD)" in page.text("#compare-title >> xpath=../..")
     assert "fit.clip" in page.text("section table")
-    assert page.frame.locator("section:has(#compare-title) canvas").count() == 3
+    assert page.frame.locator("section:has(#compare-title) .heatmap canvas").count() == 3
+    losses = page.frame.locator("canvas[aria-label^='Loss of both']").get_attribute("aria-label")
+    assert name in losses
+    assert "stagnating/" in losses
+    assert page.frame.locator("section:has(#compare-title) tbody tr").count() == 1, "only the clip differs"
     page.keep("comparison")
 
 
@@ -244,6 +248,22 @@ def test_the_page_is_the_same_below_another_address(tab, serve, tmp_path, way, r
     chart.focus()
     page.after(lambda: chart.press("+"))
     assert page.text(".range").startswith("steps")
+
+
+def test_what_the_machine_did_is_drawn_on_the_axis_of_the_steps(tab, serve, tmp_path):
+    samples = {"step": [9, 29, 59], "cpu_cores": [1.5, 1.75, 1.25], "gpu0/utilisation": [0.5, 0.9, 0.7]}
+    run = Run.synthetic(60, ["a/kernel"])
+    writer = Writer(tmp_path / "one", run).windows(0, 60)
+    writer.put(events.encode_document(Document("telemetry", 59, {"samples": samples, "cards": []})))
+    writer.close()
+    page = tab().go(serve(tmp_path))
+    page.frame.get_by_text("Timings, norms and telemetry").click()
+    charts = [page.frame.locator(f"canvas[aria-label^='{name}']") for name in ("Process, cores busy", "GPU 0, busy")]
+    assert [chart.get_attribute("aria-label").partition("from ")[2] for chart in charts] == [
+        "1.5 to 1.25",
+        "50 % to 70 %",
+    ]
+    assert all(chart.is_visible() for chart in charts)
 
 
 def test_the_first_picture_takes_one_answer(tab, serve, tmp_path):
