@@ -92,6 +92,8 @@ class Firefox:
     def stop(self):
         with contextlib.suppress(Exception):
             self.ask("Marionette:Quit", flags=["eForceQuit"])
+        self._stream.close()
+        self._socket.close()
         self._process.terminate()
         self._process.wait(20)
         self._output.close()
