@@ -204,8 +204,8 @@ def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[tuple
     return [(n, mine.get(n, "-"), yours.get(n, "-")) for n in names if mine.get(n, "-") != yours.get(n, "-")]
 
 
-_ALWAYS = ("start", "began", "pid", "command", "fit.logdir", "optimizer.name", "optimizer.config.name")
-_ALWAYS += ("determinism.fingerprint", "determinism.model_config")  # digests of what has lines of its own
+_DIGESTS = ("determinism.fingerprint", "determinism.model_config")  # of what has lines of its own
+_ALWAYS = ("start", "began", "pid", "command", "fit.logdir", "optimizer.name", "optimizer.config.name", *_DIGESTS)
 _NUMBERED = re.compile(r"^(updates\.\w+?)_\d+$")
 
 
