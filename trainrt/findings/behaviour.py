@@ -22,6 +22,8 @@ SMALL_STEP = 5e-4
 """Of a kernel's size: half of the usual 1e-3, under plain gradient descent, whose steps shrink with the gradient."""
 FEWEST = 50
 """Steps of a run whose loss can be said to have come to rest."""
+CHANCE = 10.0
+"""Over the rows: a share of the targets that a feature explains by chance in one of a thousand."""
 SMALL = 4
 """Units with which a hidden layer bends a task four times at most."""
 RELATIVE = ("mean_absolute_percentage_error", "mape")
@@ -183,7 +185,9 @@ def bottleneck(run: Run) -> Iterator[Finding]:
     if not widths:
         return
     classes = max(width for name, width in sizes if (name, width) not in widths)
-    narrow = [name for name, width in widths if width == 1 or width < classes / 5]
+    # An autoencoder is narrow on purpose; what parts classes needs room for them.
+    parts = any((end.target.get("labels") or {}).get("kind") in ("one_hot", "integer") for end in program.ends(run))
+    narrow = [name for name, width in widths if width == 1 or (width < classes / 5 and parts)]
     small = max(width for _, width in widths) <= SMALL and _rests(run)
     if not narrow and not small:
         return
@@ -322,7 +326,7 @@ def stagnation(run: Run) -> Iterator[Finding]:
     yield about(
         run,
         "stagnation",
-        "warning",
+        "info" if _all_there_is(run) else "warning",
         0.3,
         causes,
         f"The model does hardly better than a constant prediction ({what}); the loss went from {trend.first:.4g} to "
@@ -335,6 +339,14 @@ def stagnation(run: Run) -> Iterator[Finding]:
             f"Try a tenth and ten times of the learning rate ({rate:.3g}).",
         ),
     )
+
+
+def _all_there_is(run: Run) -> bool:
+    """Whether the model explains what the best feature does, and that is more than chance: the data are noisy."""
+    relation = program.side(run).get("relation") or {}
+    largest, rows = relation.get("largest") or [], relation.get("rows") or 0
+    best = program.number(largest[0][1]) if largest else math.nan
+    return bool(best > CHANCE / max(rows, 1) and outcome(run).skill >= 0.8 * best)
 
 
 def _rests(run: Run) -> bool:

@@ -52,7 +52,7 @@ def unfinished(run: Run) -> Iterator[Finding]:
     # The noise of so few losses hides their fall.
     few = few and (falls(run) or (updates <= HANDFUL and loss_trend(run).fall > 0))
     # A run of any length whose end is not the end of its learning.
-    short = run.end is not None and ended.poor(2 * SLOW if ended.kind == "classes" else SLOW) and falls_late(run)
+    short = run.end is not None and ended.poor(SLOW) and falls_late(run)
     if not few and not short:
         return
     ratio, path = pace(run)

@@ -209,6 +209,8 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
     first = matrices[0] if matrices else None
     layer = view.parameters[p].layer
     mates = [q for q, each in enumerate(view.parameters) if each.layer == layer and q != p]
+    if p not in matrices and any(pushed[q] > 0 for q in mates if q in matrices):
+        return None  # a bias that cancels, as in the difference of two passes, or before a normalisation
     if p == first and any(pushed[q] > 0 for q in mates) and not inputs_vary(view.run):
         return _Reason(
             "zero inputs",

@@ -179,8 +179,8 @@ def _skill(
     asked = _asked(run) if not end.name else (NAN, NAN)
     if math.isnan(constant):
         constant, perfect = asked
-    elif 0 < asked[1] < constant / 2:
-        perfect = asked[1]  # smoothed labels, and losses with a floor
+    elif 0 < asked[1] < 0.95 * constant:
+        perfect = asked[1]  # the floor of smoothed labels, or of a cross-entropy of shades of grey
     if constant > max(perfect, 0) and math.isfinite(value):
         return (constant - value) / (constant - perfect), "loss"
     return NAN, ""

@@ -29,7 +29,8 @@ def clipped_share(run: Run) -> np.ndarray:
 def kernels(run: Run, weight: Moments) -> np.ndarray:
     """[P] bool: weights whose update ratio means something. A bias or a weight that begins at zero has no size of its
     own to compare with."""
-    matrix = np.array([len(parameter.shape) >= 2 for parameter in run.roster.parameters], bool)
+    # A GRU's bias has two rows.
+    matrix = np.array([len(p.shape) >= 2 and not p.path.endswith("bias") for p in run.roster.parameters], bool)
     if not len(run.steps):
         return matrix
     # A window of several steps holds the first weights only in its trough; a zero-initialised one has left zero since.
