@@ -1,8 +1,10 @@
 """Kills trainings at random moments and counts what comes back; measures what a checkpoint costs, and what leaks.
 
 python -m benchmarks.endure --kills 100          # kill -9 at random moments, resumed, compared bit by bit
+python -m benchmarks.endure --kills 20 --source dataset --seed 3 --into parts.jsonl    # in parts that add up
 python -m benchmarks.endure --overhead           # a checkpoint after each epoch, against none, in turn
 python -m benchmarks.endure --leak 100000        # resident memory and file descriptors over so many steps
+python -m benchmarks.endure --large              # a thousand variables, a gigabyte of weights
 python -m benchmarks.endure                      # a small share of each
 """
 
@@ -11,14 +13,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CHILD = ROOT / "tests" / "endurance_child.py"
@@ -40,46 +46,113 @@ def outcome(place: Path) -> dict:
     return result
 
 
-def kills(source: str, count: int, directory: Path, rng: random.Random) -> dict:
-    """Kills a training `count` times, somewhere between its first checkpoint and its end, and starts it again.
+def kills(source: str, count: int, directory: Path, rng: random.Random, until: float = math.inf) -> dict[str, Any]:
+    """Kills a training `count` times at random moments, its start among them, and starts it again after each.
+
+    After every third kill the newest of several checkpoints is damaged as well, once in a training.
+
+    Args:
+      until: No training is begun after this time, `time.monotonic`.
 
     Returns:
-      "kills"; "resumed": trainings that came to their end afterwards; "identical": of those, how many agree in every
-      bit of weights, slots, metrics, History, random state and record with one that was never killed; "mid_save": kills
-      that hit a checkpoint half written.
+      "kills"; "trainings": that came to their end after 1 to 3 kills each; "identical": of those, how many agree in
+      every bit of weights, slots, metrics, History, random state and record with one that was never killed; "mid_save":
+      kills that hit a checkpoint half written; "damaged": newest checkpoints that were damaged before the next start;
+      "lost_s": seconds of training that each kill took out of the record.
     """
     whole_place = directory / "whole"
     whole_place.mkdir()
     assert started(source, whole_place, kept=False).wait() == 0
     whole = outcome(whole_place)
-    done = resumed = identical = mid_save = 0
-    number = 0
-    while done < count:
-        place = directory / f"{source}{number}"
-        number += 1
+    told: dict[str, Any] = dict.fromkeys(("kills", "trainings", "identical", "mid_save", "damaged"), 0) | {"lost_s": []}
+    while told["kills"] < count and time.monotonic() < until:
+        place = directory / f"{source}{told['trainings']}"
         place.mkdir()
-        deaths = 0
-        while True:
-            process = started(source, place)
-            before = len(list((place / "logs").rglob("*.trainrt")))
-            while process.poll() is None and len(list((place / "logs").rglob("*.trainrt"))) == before:
-                time.sleep(0.005)
-            if done < count and deaths < 3:
-                time.sleep(rng.random() * 2.5)
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-                    done, deaths = done + 1, deaths + 1
-                    mid_save += bool(list((place / "checkpoints").glob("*_temp*")))
-                    continue
-            if process.wait() == 0:
-                resumed += 1
-                identical += outcome(place) == whole
-            break
-        sys.stdout.write(f"\r{source}: {done} kills, {resumed} trainings resumed, {identical} identical")
+        deaths, hurt = 0, False
+        while (process := _until_random(source, place, rng, told["kills"] < count and deaths < 3)) is None:
+            deaths += 1
+            told["kills"] += 1
+            told["mid_save"] += bool(list((place / "checkpoints").glob("*_temp*")))
+            told["lost_s"] += _lost(place)
+            if not hurt and told["kills"] % 3 == 0:
+                hurt = _damage(place / "checkpoints", rng)
+                told["damaged"] += hurt
+        told["trainings"] += 1
+        told["identical"] += process.wait() == 0 and outcome(place) == whole
+        sys.stdout.write(f"\r{source}: {told['kills']} kills, {told['trainings']} ended, {told['identical']} identical")
         sys.stdout.flush()
     print()
-    return {"kills": done, "resumed": resumed, "identical": identical, "mid_save": mid_save}
+    return told
+
+
+def _until_random(source: str, place: Path, rng: random.Random, kill: bool) -> subprocess.Popen | None:
+    """Starts the training; None when it was killed, else its process, which comes to its end by itself.
+
+    One of eight kills comes while the process starts and reads its checkpoint, one of eight as soon as a checkpoint is
+    being written, the others while it trains.
+    """
+    (place / "result.json.progress").unlink(missing_ok=True)
+    before = len(list((place / "logs").rglob("*.trainrt")))
+    process = started(source, place)
+    if not kill:
+        return process
+    kind = rng.randrange(8)
+    if kind == 0:
+        time.sleep(rng.random() * 8)
+    else:
+        while process.poll() is None and len(list((place / "logs").rglob("*.trainrt"))) == before:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 2.5)
+        while kind == 1 and process.poll() is None and not list((place / "checkpoints").glob("*_temp*")):
+            time.sleep(0.0005)
+    if process.poll() is not None:
+        return process
+    process.kill()
+    process.wait()
+    return None
+
+
+def _lost(place: Path) -> list[float]:
+    """Seconds from the last step that reads back to the last step that was done; empty where none was."""
+    from trainrt.run import Run
+
+    progress = place / "result.json.progress"
+    first, last = struct.unpack("<dd", progress.read_bytes()) if progress.exists() else (0.0, 0.0)
+    if not last:
+        return []
+    try:
+        known = float(Run.open(place / "logs").wall_time[-1])
+    except (OSError, ValueError, IndexError):
+        known = first
+    return [max(0.0, last - max(known, first))]
+
+
+def _damage(checkpoints: Path, rng: random.Random) -> bool:
+    """Cuts a file of the newest checkpoint short, or changes one byte of it, if there is one before it."""
+    numbers = sorted(int(p.stem.rpartition("-")[2]) for p in checkpoints.glob("trainrt-*.index"))
+    if len(numbers) < 2:
+        return False
+    path = rng.choice(sorted(checkpoints.glob(f"trainrt-{numbers[-1]}.*")))
+    data = bytearray(path.read_bytes())
+    where = rng.randrange(len(data))
+    if rng.random() < 0.5:
+        del data[where:]
+    else:
+        data[where] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+    return True
+
+
+def told_of_kills(parts: Sequence[Mapping[str, Any]]) -> str:
+    """The parts of several runs as one line."""
+    total = {name: sum(part[name] for part in parts) for name in parts[0] if name not in ("lost_s", "source")}
+    lost = [seconds for part in parts for seconds in part["lost_s"]]
+    return (
+        f"{total['kills']} kills in {total['trainings']} trainings ({total['mid_save']} in the middle of a save, "
+        f"{total['damaged']} followed by damage to the newest checkpoint): {total['identical']} of "
+        f"{total['trainings']} ended bit-identical. Lost of the record: {statistics.median(lost):.2f} s in the median, "
+        f"{max(lost):.2f} s at most."
+    )
 
 
 def _fit(checkpoint, width: int = 512, epochs: int = 6):
@@ -141,20 +214,85 @@ def leak(steps: int) -> None:
     )
 
 
+def large() -> None:
+    """A model of a thousand variables and one of a gigabyte: what trainrt adds to the time and the memory of a run."""
+    for make in (_deep, _wide):
+        for how in ("bare", "observed", "observed, with checkpoints"):
+            command = [
+                sys.executable,
+                "-c",
+                f"from benchmarks import endure; endure._one(endure.{make.__name__}, {how!r})",
+            ]
+            subprocess.run(command, check=True, cwd=ROOT)
+
+
+def _deep(keras):
+    inputs = outputs = keras.Input([8])
+    for _ in range(500):
+        outputs = keras.layers.Add()([outputs, keras.layers.Dense(8, "tanh")(outputs)])
+    return keras.Model(inputs, outputs), 8
+
+
+def _wide(keras):
+    return keras.Sequential([keras.Input([16384]), keras.layers.Dense(16384, use_bias=False)]), 16384
+
+
+def _one(make, how: str) -> None:
+    import resource
+
+    import keras
+    import numpy as np
+
+    import trainrt
+
+    model, width = make(keras)
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(size=(24, width)).astype("float32")
+    with tempfile.TemporaryDirectory() as directory:
+        keywords: dict[str, Any] = {"verbose": 0, "epochs": 2}
+        if how != "bare":
+            keywords["logdir"] = f"{directory}/logs"
+        if "checkpoints" in how:
+            keywords["checkpoint"] = trainrt.Checkpoint(f"{directory}/checkpoints", keep=1)
+        fit = keras.Model.fit if how == "bare" else trainrt.fit
+        begun = time.perf_counter()
+        fit(model, x, x, 8, **keywords)
+        took = time.perf_counter() - begun
+        size = sum(file.stat().st_size for file in Path(directory).glob("logs/**/*") if file.is_file())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(
+        f"{len(model.weights):,} variables, {4 * model.count_params() / 1e6:,.0f} MB, {how}: {took:.1f} s for 6 steps "
+        f"with their trace, {peak:.2f} GB at most, a record of {size / 1e3:.0f} kB",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--source", default="arrays")
+    parser.add_argument("--source", default="arrays", help="of the data: a name in tests/endurance_child.py")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no other training after so many")
+    parser.add_argument("--into", help="a file that this part of the kills is added to; all parts are summed up")
     parser.add_argument("--overhead", action="store_true")
     parser.add_argument("--leak", type=int, default=0)
+    parser.add_argument("--large", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    small = not (given.kills or given.overhead or given.leak)
+    small = not (given.kills or given.overhead or given.leak or given.large)
     if given.kills or small:
         with tempfile.TemporaryDirectory() as directory:
-            print(kills(given.source, given.kills or 3, Path(directory), random.Random(given.seed)))
+            until = time.monotonic() + given.seconds
+            told = kills(given.source, given.kills or 3, Path(directory), random.Random(given.seed), until)
+        parts = [{"source": given.source, **told}]
+        if given.into:
+            with open(given.into, "a") as file:
+                file.write(json.dumps(parts[0]) + "\n")
+            parts = [json.loads(line) for line in Path(given.into).read_text().splitlines()]
+        print(told_of_kills(parts))
     if given.overhead or small:
         overhead(3 if small else 7)
+    if given.large:
+        large()
     if given.leak or small:
         leak(given.leak or 20_000)
 

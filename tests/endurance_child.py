@@ -6,7 +6,9 @@ SOURCE is a name in `SOURCES`; EVERY as in `trainrt.Checkpoint`; a step may be m
 """
 
 import json
+import mmap
 import os
+import struct
 import sys
 import time
 
@@ -94,7 +96,19 @@ def build(width):
     return model
 
 
-def train(source, checkpoints, logdir, every="epoch", seconds=0.0, epochs=EPOCHS, **keywords):
+PROGRESS = struct.Struct("<dd")
+"""When the first and the newest step of this process were done, seconds since 1970; outlives the process."""
+
+
+def pages(path):
+    """A file of zeros for `PROGRESS`, in memory that a kill does not take away."""
+    with open(path, "wb") as file:
+        file.write(bytes(PROGRESS.size))
+    with open(path, "r+b") as file:
+        return mmap.mmap(file.fileno(), PROGRESS.size)
+
+
+def train(source, checkpoints, logdir, every="epoch", seconds=0.0, epochs=EPOCHS, progress=None, **keywords):
     """Trains; returns what a run that never stopped has to agree with."""
     keras.utils.set_random_seed(3)
     x, y = rows()
@@ -112,7 +126,12 @@ def train(source, checkpoints, logdir, every="epoch", seconds=0.0, epochs=EPOCHS
     if seconds:
 
         class Slow(keras.callbacks.Callback):
+            began = None
+
             def on_train_batch_end(self, batch, logs=None):
+                self.began = self.began or time.time()
+                if progress is not None:
+                    progress[:] = PROGRESS.pack(self.began, time.time())
                 time.sleep(seconds)
 
         callbacks.append(Slow())
@@ -152,6 +171,7 @@ if __name__ == "__main__":
         None if logdir == "-" else logdir,
         int(every) if every.isdecimal() else every,
         float(more[1]) if len(more) > 1 else 0.0,
+        progress=pages(result + ".progress"),
     )
     with open(result + ".new", "w") as file:
         json.dump(outcome, file)
