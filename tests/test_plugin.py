@@ -3,6 +3,7 @@
 import argparse
 import gzip
 import json
+import os
 import re
 import struct
 import subprocess
@@ -437,6 +438,34 @@ def test_no_name_leads_out_of_the_log_directory(tmp_path, logdir, route, name):
     write(tmp_path / "secret", Run.synthetic(3))
     told = asked(plugin(logdir), route, code=404 if name else 400, run=name, statistic="update_ratio")
     assert "error" in told
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "continuation", "pipe"])
+def test_no_link_leads_out_of_the_log_directory(tmp_path, logdir, run, kind):
+    secret = write(tmp_path / "secret", Run.synthetic(3, ["secret/kernel"]))
+    within = write(logdir / "two", run)
+    if kind == "directory":
+        (logdir / "linked").symlink_to(secret.parent)
+    elif kind == "pipe":
+        within.unlink()
+        os.mkfifo(within)
+    else:
+        place = within if kind == "file" else within.with_name(events.file_name(1.8e9))
+        place.unlink(missing_ok=True)
+        place.symlink_to(secret)
+    app = plugin(logdir)
+    for name in ("two", "linked"):
+        client = werkzeug.test.Client(app.get_plugin_apps()["/api/run"], wrappers.Response)
+        assert "secret/kernel" not in client.get("/", query_string={"run": name}).get_data(as_text=True)
+    assert asked(app, "run", run="one")
+
+
+@pytest.mark.parametrize(
+    "name", ["a b?c=d&e#f", "%2e%2e", "new\nline", "\udce9", "\u202egnp.exe", HOSTILE.replace("/", "|")]
+)
+def test_a_directory_of_any_name_is_a_run_like_others(logdir, run, name):
+    write(logdir / name, run)
+    assert asked(plugin(logdir), "run", run=name) == asked(plugin(logdir), "run", run="one")
 
 
 @pytest.mark.parametrize(

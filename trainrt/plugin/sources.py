@@ -73,7 +73,14 @@ class Files:
         return list(self._directories())
 
     def open(self, name: str) -> Run:
-        run = Run.open(self._directories()[name])
+        directory = self._directories()[name]
+        top = self.logdir.resolve()
+        for file in directory.glob(f"*{events.SUFFIX}"):
+            if not (file.is_file() and file.resolve().is_relative_to(top)):
+                raise ValueError(
+                    f"{file.name} in {name} is no file of the log directory, or a link that leads out of it."
+                )
+        run = Run.open(directory)
         if run.path is not None:
             self._inodes[name] = os.stat(run.path).st_ino
         return run
