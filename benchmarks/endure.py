@@ -4,7 +4,6 @@ python -m benchmarks.endure --kills 100          # kill -9 at random moments, re
 python -m benchmarks.endure --kills 20 --source dataset --seed 3 --into parts.jsonl    # in parts that add up
 python -m benchmarks.endure --overhead           # a checkpoint after each epoch, against none, in turn
 python -m benchmarks.endure --leak 100000        # resident memory and file descriptors over so many steps
-python -m benchmarks.endure --large              # a thousand variables, a gigabyte of weights
 python -m benchmarks.endure                      # a small share of each
 """
 
@@ -214,59 +213,6 @@ def leak(steps: int) -> None:
     )
 
 
-def large() -> None:
-    """A model of a thousand variables and one of a gigabyte: what trainrt adds to the time and the memory of a run."""
-    for make in (_deep, _wide):
-        for how in ("bare", "observed", "observed, with checkpoints"):
-            command = [
-                sys.executable,
-                "-c",
-                f"from benchmarks import endure; endure._one(endure.{make.__name__}, {how!r})",
-            ]
-            subprocess.run(command, check=True, cwd=ROOT)
-
-
-def _deep(keras):
-    inputs = outputs = keras.Input([8])
-    for _ in range(500):
-        outputs = keras.layers.Add()([outputs, keras.layers.Dense(8, "tanh")(outputs)])
-    return keras.Model(inputs, outputs), 8
-
-
-def _wide(keras):
-    return keras.Sequential([keras.Input([16384]), keras.layers.Dense(16384, use_bias=False)]), 16384
-
-
-def _one(make, how: str) -> None:
-    import resource
-
-    import keras
-    import numpy as np
-
-    import trainrt
-
-    model, width = make(keras)
-    model.compile("sgd", "mse")
-    x = np.random.default_rng(0).normal(size=(24, width)).astype("float32")
-    with tempfile.TemporaryDirectory() as directory:
-        keywords: dict[str, Any] = {"verbose": 0, "epochs": 2}
-        if how != "bare":
-            keywords["logdir"] = f"{directory}/logs"
-        if "checkpoints" in how:
-            keywords["checkpoint"] = trainrt.Checkpoint(f"{directory}/checkpoints", keep=1)
-        fit = keras.Model.fit if how == "bare" else trainrt.fit
-        begun = time.perf_counter()
-        fit(model, x, x, 8, **keywords)
-        took = time.perf_counter() - begun
-        size = sum(file.stat().st_size for file in Path(directory).glob("logs/**/*") if file.is_file())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(
-        f"{len(model.weights):,} variables, {4 * model.count_params() / 1e6:,.0f} MB, {how}: {took:.1f} s for 6 steps "
-        f"with their trace, {peak:.2f} GB at most, a record of {size / 1e3:.0f} kB",
-        flush=True,
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=0)
@@ -275,10 +221,9 @@ def main() -> None:
     parser.add_argument("--into", help="a file that this part of the kills is added to; all parts are summed up")
     parser.add_argument("--overhead", action="store_true")
     parser.add_argument("--leak", type=int, default=0)
-    parser.add_argument("--large", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    small = not (given.kills or given.overhead or given.leak or given.large)
+    small = not (given.kills or given.overhead or given.leak)
     if given.kills or small:
         with tempfile.TemporaryDirectory() as directory:
             until = time.monotonic() + given.seconds
@@ -291,8 +236,6 @@ def main() -> None:
         print(told_of_kills(parts))
     if given.overhead or small:
         overhead(3 if small else 7)
-    if given.large:
-        large()
     if given.leak or small:
         leak(given.leak or 20_000)
 

@@ -461,14 +461,6 @@ def test_no_link_leads_out_of_the_log_directory(tmp_path, logdir, run, kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["a b?c=d&e#f", "%2e%2e", "new\nline", "\udce9", "\u202egnp.exe", HOSTILE.replace("/", "|")]
-)
-def test_a_directory_of_any_name_is_a_run_like_others(logdir, run, name):
-    write(logdir / name, run)
-    assert asked(plugin(logdir), "run", run=name) == asked(plugin(logdir), "run", run="one")
-
-
-@pytest.mark.parametrize(
     ("route", "query"),
     [
         ("map", {"statistic": "__class__"}),
