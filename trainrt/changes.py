@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from trainrt import doors
 from trainrt.clip import Clip
-from trainrt.replay import Replay, dealt, held, pooled, rows_of
+from trainrt.replay import Replay, dealt, pooled, rows_of
 
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 STANDARD = (0.3, 0.5, 2.0)
@@ -58,8 +58,8 @@ def _no_clip(replay: Replay) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for part in _parts(replay):
             for name in CLIPS:
-                stack.enter_context(held(part, name, None))
-        stack.enter_context(held(replay, "clip", None))
+                stack.enter_context(doors.replaced(part, name, None))
+        stack.enter_context(doors.replaced(replay, "clip", None))
         yield
 
 
@@ -76,9 +76,9 @@ def _parts(replay: Replay) -> list:
 def _no_regulariser(replay: Replay) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for variable in _regularised(replay):
-            stack.enter_context(held(variable, "regularizer", None))
+            stack.enter_context(doors.replaced(variable, "regularizer", None))
         for layer in _penalised(replay):
-            stack.enter_context(held(layer, "activity_regularizer", None))
+            stack.enter_context(doors.replaced(layer, "activity_regularizer", None))
         yield
 
 
@@ -98,7 +98,7 @@ def _penaltyless(replay: Replay) -> str | None:
 def _no_decay(replay: Replay) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for part in _parts(replay):
-            stack.enter_context(held(part, "weight_decay", None))
+            stack.enter_context(doors.replaced(part, "weight_decay", None))
         yield
 
 
@@ -118,7 +118,7 @@ def _standardised(replay: Replay) -> Iterator[None]:
         return (x, *parts[1:]) if isinstance(batch, tuple) else x
 
     batches, measured = [scaled(batch) for batch in replay.batches], scaled(replay.measured)
-    with held(replay, "batches", batches), held(replay, "measured", measured):
+    with doors.replaced(replay, "batches", batches), doors.replaced(replay, "measured", measured):
         yield
 
 
@@ -153,7 +153,7 @@ def _shuffled(replay: Replay) -> Iterator[None]:
     rows = pooled([*replay.batches, replay.measured])
     order = np.random.RandomState(1).permutation(rows_of(rows))
     order = np.resize(order, sum(sizes))
-    with held(replay, "batches", dealt(rows, sizes, order)):
+    with doors.replaced(replay, "batches", dealt(rows, sizes, order)):
         yield
 
 
@@ -162,7 +162,7 @@ def _another_optimizer(replay: Replay) -> Iterator[None]:
     model = replay.model
     fresh = _alternative(model)
     fresh.build(model.trainable_variables)
-    with held(model, "optimizer", fresh):
+    with doors.replaced(model, "optimizer", fresh):
         yield
 
 
@@ -185,7 +185,7 @@ def _own_optimizers(replay: Replay) -> str | None:
 def _float32(replay: Replay) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in doors.layers_of(replay.model):
-            stack.enter_context(held(layer, "dtype_policy", keras.dtype_policies.get("float32")))
+            stack.enter_context(doors.replaced(layer, "dtype_policy", keras.dtype_policies.get("float32")))
         yield
 
 

@@ -359,17 +359,28 @@ def traced_functions(model: keras.Model) -> list[str]:
 
 @contextlib.contextmanager
 def replaced(owner, name: str, value) -> Iterator[None]:
-    """An attribute of the instance for a while, past the tracking `__setattr__` of Keras."""
+    """An attribute of the instance has another value for a while.
+
+    It is put past the tracking `__setattr__` of Keras, which would take what it is given for a part of the model;
+    through the class where that has a property with a setter.
+    """
     missing = object()
-    before = owner.__dict__.get(name, missing)
-    owner.__dict__[name] = value
+    is_property = hasattr(getattr(type(owner), name, None), "__set__")
+    before = getattr(owner, name) if is_property else vars(owner).get(name, missing)
+
+    def put(new: Any) -> None:
+        if is_property:
+            setattr(owner, name, new)
+        elif new is missing:
+            vars(owner).pop(name, None)
+        else:
+            vars(owner)[name] = new
+
+    put(value)
     try:
         yield
     finally:
-        if before is missing:
-            del owner.__dict__[name]
-        else:
-            owner.__dict__[name] = before
+        put(before)
 
 
 def keras_distribution():
