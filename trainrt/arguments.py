@@ -96,8 +96,7 @@ def check(
     if not doors.is_trainer(model):
         raise TypeError(
             "`trainrt.fit` trains a Keras 3 model on TensorFlow: trainrt.fit(model, x, y, ...). "
-            f"Received: model of type {type(model).__module__}.{type(model).__name__}. "
-            "A model of tf_keras (Keras 2) has to be ported to Keras 3 first."
+            f"Received: model of type {type(model).__module__}.{type(model).__name__}.{_hint(model)}"
         )
     doors.assert_compiled(model)
     replicas.check(model)
@@ -130,6 +129,15 @@ def check(
     if (on_nonfinite, on_spike) != UNGUARDED:
         _guardable(model)
     return request
+
+
+def _hint(model: Any) -> str:
+    """What may have been meant by something that is no model."""
+    if isinstance(model, type) and issubclass(model, keras.Model):
+        return f" That is a class: make a model of it, {model.__name__}(...)."
+    if type(model).__module__.partition(".")[0] in ("tf_keras", "tensorflow"):
+        return " A model of tf_keras (Keras 2) has to be ported to Keras 3 first."
+    return " The model comes first, as in model.fit(x, y)."
 
 
 def check_trainable(model: keras.Model, request: Request) -> None:

@@ -116,9 +116,15 @@ class Store:
 
     def __init__(self, directory: str | os.PathLike, keep: int):
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.directory, os.W_OK):
-            raise PermissionError(f"Checkpoints cannot be written. Received: no permission for {self.directory}.")
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.directory, os.W_OK):
+                raise PermissionError(f"no permission to write in {self.directory}")
+        except OSError as error:
+            raise type(error)(
+                f"Checkpoints cannot be written. Received: {str(directory)!r}: {error}. "
+                "Pass a directory that you may write, which need not be there."
+            ) from error
         self._keep = keep
         self._thread: threading.Thread | None = None
         self._failed: Exception | None = None

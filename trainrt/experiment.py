@@ -45,6 +45,8 @@ DIVERGED = 4.0
 """Times the lowest loss at which a range test ends."""
 DROP = 0.05
 """Share of its first value that the loss must lose in a range test for a suggestion."""
+LEAST_STEPS = 5
+"""Of a range test: fewer are no curve."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,13 +226,14 @@ def explain(
       The `Explanation`; printed, it is a table.
 
     Raises:
-      TypeError: Data that can be read only once.
-      ValueError: An unknown change, no data, or numbers of steps, replays or batches under 1.
+      TypeError: Not a model, an argument of another type, or data that can be read only once.
+      ValueError: A model that is not compiled, an unknown change, no data, or numbers of steps, replays or batches
+        under 1.
     """
     begun = time.monotonic()
-    for name, value in (("steps", steps), ("replays", replays), ("batches", batches)):
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}.")
+    _assert_counts(steps=steps, replays=replays, batches=batches, batch_size=32 if batch_size is None else batch_size)
+    if isinstance(changes, str):
+        raise TypeError(f"`changes` must be a list of names. Received: {changes!r}. Pass changes=[{changes!r}].")
     chosen = CHANGES if changes is None else tuple(known.named(name) for name in changes)
     replay = Replay(
         model, x, y, sample_weight,
@@ -256,6 +259,14 @@ def explain(
     broad = {change.name for change in chosen if change.broad}
     ranked = sorted(effects, key=lambda e: (not e.moves, e.moves and e.change in broad, -e.gain))
     return Explanation(before, unchanged, tuple(ranked), untried, steps, time.monotonic() - begun)
+
+
+def _assert_counts(**numbers: Any) -> None:
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"`{name}` must be an int. Received: {name}={value!r}.")
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}.")
 
 
 def _tried(replay: Replay, change: Change | None, steps: int, replays: int) -> tuple[float, tuple[float, ...]]:
@@ -389,17 +400,23 @@ def lr_range(
       A `Range`, which prints and plots itself.
 
     Raises:
-      TypeError: Data that can be read only once, or a model without a compiled optimizer.
-      ValueError: A range that does not rise.
+      TypeError: Not a model, an argument of another type, data that can be read only once, or a model without a
+        compiled optimizer.
+      ValueError: A model that is not compiled, a range that does not rise, or too few steps.
     """
-    if not 0 < low < high:
-        raise ValueError(f"The range must rise from above zero. Received: low={low}, high={high}.")
-    if not isinstance(model.optimizer, keras.optimizers.Optimizer):
-        raise TypeError("`lr_range` raises the rate of the model's compiled optimizer. Received: a model without one.")
+    if not all(isinstance(end, (int, float, np.number)) for end in (low, high)):
+        raise TypeError(f"`low` and `high` must be numbers. Received: low={low!r}, high={high!r}.")
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"The range must rise, from above zero to a finite end. Received: low={low}, high={high}.")
+    _assert_counts(steps=steps, replays=replays, batch_size=32 if batch_size is None else batch_size)
+    if steps < LEAST_STEPS:
+        raise ValueError(f"A curve takes {LEAST_STEPS} steps or more. Received: steps={steps}.")
     replay = Replay(
         model, x, y, sample_weight,
         batch_size=batch_size, batches=min(steps, 64), shuffle=shuffle, clip=known.clip_of(clip),
     )  # fmt: skip
+    if not isinstance(model.optimizer, keras.optimizers.Optimizer):
+        raise TypeError("`lr_range` raises the rate of the model's compiled optimizer. Received: a model without one.")
     rates = np.geomspace(low, high, steps)
     curves = np.full((replays, steps), np.nan)
     current = _current_rate(model)

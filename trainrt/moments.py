@@ -51,7 +51,24 @@ def measure_and_clip(
     if kernels and plain and isinstance(how, clip.Known) and type(how) in clip.KNOWN:
         return native.measure_and_clip(known, how.native, how.threshold)
     measured = unscale(measure(gradients, kernels), loss_scale)
-    return measured, tf.ensure_shape(tf.cast(how(measured), tf.float64), [len(gradients)])
+    return measured, _scales(how, measured, len(gradients))
+
+
+def _scales(how: clip.Clip, measured: tf.Tensor, count: int) -> tf.Tensor:
+    """What a clip, maybe the user's own, makes of the moments.
+
+    Raises:
+      ValueError: Not a scale for each weight.
+    """
+    scales = how(measured)
+    try:
+        return tf.ensure_shape(tf.cast(scales, tf.float64), [count])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"A clip makes of the moments of the gradients, [{count}, {len(DEVICE_MOMENTS)}], a scale for each of "
+            f"them, a tensor of shape [{count}]. Received: {scales!r} from {how!r}. One scale for all is "
+            f"tf.fill([{count}], scale)."
+        ) from error
 
 
 def unscale(measured: tf.Tensor, scale: tf.Tensor | None) -> tf.Tensor:

@@ -40,8 +40,9 @@ class Replay:
       measured: Rows from all over the data, on which the loss is taken.
 
     Raises:
-      TypeError: Data that can be read only once, such as a generator: taking batches from it could not be undone.
-      ValueError: No batch.
+      TypeError: Not a Keras model, or data that can be read only once, such as a generator: taking batches from it
+        could not be undone.
+      ValueError: A model that is not compiled, no batch, or arrays of different lengths.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Replay:
         shuffle: bool = True,
         clip: Clip | None = None,
     ):
+        _assert_ready(model)
         self.model = model
         self.clip = clip
         with _random_states():
@@ -125,6 +127,19 @@ class Replay:
                 variable.assign(variable + tf.constant([0, 7919 * replay], "uint32"))
 
 
+def _assert_ready(model: Any) -> None:
+    if not doors.is_trainer(model):
+        raise TypeError(
+            "An experiment trains a Keras 3 model on its data: trainrt.explain(model, x, y, ...). "
+            f"Received: model of type {type(model).__name__}."
+        )
+    if not model.compiled:
+        raise ValueError(
+            "An experiment trains with the optimizer and the loss that the model is compiled with. "
+            f"Received: {model.name!r}, which is not compiled. Call model.compile(optimizer, loss) first."
+        )
+
+
 class _State:
     """The values of all variables of a model and its optimizers."""
 
@@ -165,26 +180,6 @@ def _random_states() -> Iterator[None]:
         doors.set_eager_random_state(eager)
 
 
-@contextlib.contextmanager
-def held(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute has another value for a while, past the tracking `__setattr__` of Keras where it is no property."""
-    before = getattr(owner, name)
-    known = name in vars(owner)
-    through_class = hasattr(getattr(type(owner), name, None), "__set__")
-
-    def put(new: Any) -> None:
-        setattr(owner, name, new) if through_class else owner.__dict__.__setitem__(name, new)
-
-    put(value)
-    try:
-        yield
-    finally:
-        if known or through_class:
-            put(before)
-        else:
-            del owner.__dict__[name]
-
-
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
@@ -202,7 +197,10 @@ def _taken(x, y, sample_weight, batch_size: int, count: int, shuffle: bool) -> t
             f"Received: x of type {type(x).__name__}. Take a few batches of it first: x, y = next(generator)."
         )
     arrays = keras.tree.map_structure(_array, arrays)
-    rows = len(next(leaf for leaf in keras.tree.flatten(arrays) if leaf is not None))
+    sizes = {len(leaf) for leaf in keras.tree.flatten(arrays) if leaf is not None}
+    if len(sizes) > 1:
+        raise ValueError(f"x, y and sample_weight must have a row each for each other. Received: {sorted(sizes)} rows.")
+    (rows,) = sizes
     order = np.random.RandomState(0).permutation(rows) if shuffle else np.arange(rows)
     batches = [_rows(arrays, order[i : i + batch_size]) for i in range(0, min(rows, count * batch_size), batch_size)]
     evenly = np.unique(np.linspace(0, rows - 1, min(rows, MEASURED_ROWS)).astype(int)) if rows else order

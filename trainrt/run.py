@@ -106,7 +106,8 @@ class Run:
 
         Raises:
           FileNotFoundError: There is none.
-          ValueError: It was recorded by a newer trainrt that writes another version of the record.
+          ValueError: A file that is no event file of trainrt, or one that was recorded by a newer trainrt that writes
+            another version of the record.
         """
         path = Path(logdir)
         problems = []
@@ -126,6 +127,11 @@ class Run:
             raise FileNotFoundError(
                 f"A run is opened by its log directory. Received: {str(logdir)!r}, which does not exist. "
                 "Pass the logdir= that was given to trainrt.fit."
+            )
+        elif not path.match(_PATTERN):
+            raise ValueError(
+                f"A run is opened by its log directory, or by its event file, {_PATTERN}. Received: {str(logdir)!r}, a "
+                "file of another name. Pass the logdir= that was given to trainrt.fit."
             )
         run = cls(Roster((), (), ()), path=path, problems=problems)
         run._reader = events.Reader(path)
@@ -364,6 +370,10 @@ class Run:
             return self.joint(name)
         if kind == "scalar":
             return self.scalar(name)[:, None]
+        if not self.roster.subjects:
+            raise KeyError(
+                f"{statistic!r} needs {name!r}, and this run observed nothing. Train with observe=True, the default."
+            )
         recorded = (*self.roster.subjects, *JOINT, *self.roster.scalars)
         raise KeyError(f"{statistic!r} needs {name!r}, which this run did not record. It has {', '.join(recorded)}.")
 

@@ -84,7 +84,7 @@ def statistic(function=None, *, unit="1"):
 
     Raises:
       TypeError: An argument is not a name that could be recorded, e.g. `*args`.
-      ValueError: The package has a statistic of that name.
+      ValueError: The package has a statistic of that name, or the function has no name or no argument.
     """
     if function is None:
         return functools.partial(_register, unit)
@@ -93,6 +93,11 @@ def statistic(function=None, *, unit="1"):
 
 def _register(unit: str, function: Function) -> Function:
     name = function.__name__
+    if not name.isidentifier() or not _needs(function):
+        raise ValueError(
+            "A statistic has the name of its function, whose arguments name what it is made from: "
+            f"def my_ratio(update, weight). Received: {function!r}."
+        )
     known = STATISTICS.get(name)
     if known is not None and known.function.__module__ == __name__ != function.__module__:
         raise ValueError(f"{name!r} is a statistic of trainrt, and a name means one thing. Give yours another name.")
