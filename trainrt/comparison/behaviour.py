@@ -303,7 +303,7 @@ def _nanmedian(values: np.ndarray) -> np.ndarray:
 
 
 def _ahead(values: np.ndarray, k: int) -> np.ndarray:
-    return np.concatenate([values[k:], np.full((k, values.shape[1]), np.nan)])
+    return np.concatenate([values[k:], np.full((min(k, len(values)), values.shape[1]), np.nan)])
 
 
 def level(run: Run, name: str, steps: int | None = None) -> float:

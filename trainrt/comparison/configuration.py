@@ -302,6 +302,10 @@ def _share_of_penalty(run: Run) -> float:
     return max(shares)
 
 
+def _trainable(size: Any) -> str:
+    return f" ({size:,} trainable)" if isinstance(size, int) else ""
+
+
 def _model(good: Run, bad: Run) -> Iterator[Difference]:
     pairs = _pairs(good, bad)
     sizes = [_of(run, "model", "trainable_parameters") for run in (good, bad)]
@@ -312,8 +316,8 @@ def _model(good: Run, bad: Run) -> Iterator[Difference]:
             yield Difference(
                 CONFIGURATION,
                 "model.layers",
-                _only_here(left, right) + f" ({sizes[0]:,} trainable)",
-                _only_here(right, left) + f" ({sizes[1]:,} trainable)",
+                _only_here(left, right) + _trainable(sizes[0]),
+                _only_here(right, left) + _trainable(sizes[1]),
                 max(0.6, size),
                 "The models are made of other layers.",
                 ("capacity",),

@@ -96,16 +96,16 @@ class Comparison:
 
 
 def compare(
-    good: Run | str | os.PathLike | Sequence[Run | str | os.PathLike],
-    bad: Run | str | os.PathLike,
+    good: Any,
+    bad: Any,
     rules: Iterable[Rule] | None = None,
 ) -> Comparison:
     """Says what most likely explains that BAD did not do what GOOD did.
 
     Args:
-      good: A run, or its log directory. Several are runs that were all well, say with other seeds: BAD is compared with
-        the first, and the band in which a good run moves is that of all.
-      bad: The run in question, or its log directory.
+      good: A run, the History that `fit` returned, or its log directory. Several are runs that were all well, say with
+        other seeds: BAD is compared with the first, and the band in which a good run moves is that of all.
+      bad: The run in question, its History, or its log directory.
       rules: The rules to ask, as for `diagnose`.
 
     Returns:
@@ -113,12 +113,13 @@ def compare(
 
     Raises:
       FileNotFoundError, ValueError: A directory holds no run, or one that cannot be read.
+      TypeError: Something that is no run.
 
     >>> def run(rate): return Run.synthetic(64, learning_rate=rate, update_ratio=1e-3 * rate / 0.01, loss=1.0)
     >>> compare(run(0.01), run(1.0)).verdict
     'optimizer.learning_rate: 0.01 -> 1'
     """
-    goods = [_opened(each) for each in ([good] if isinstance(good, (Run, str, os.PathLike)) else good)]
+    goods = [_opened(each) for each in (good if isinstance(good, (list, tuple)) else [good])]
     if not goods:
         raise ValueError("`good` is a run, a log directory, or several of them. Received: an empty sequence.")
     last = _opened(bad)
@@ -151,8 +152,18 @@ def contrast(goods: Sequence[Run], last: Run, in_good: Iterable[Finding], in_bad
     )
 
 
-def _opened(run: Run | str | os.PathLike) -> Run:
-    return run if isinstance(run, Run) else Run.open(run)
+def _opened(given: Any) -> Run:
+    run = getattr(given, "run", given)
+    if not isinstance(run, (Run, str, os.PathLike)):
+        raise TypeError(
+            "Runs are compared: what trainrt.fit returned, its `.run`, or the log directory. "
+            f"Received: {given!r} of type {type(given).__name__}."
+        )
+    opened = run if isinstance(run, Run) else Run.open(run)
+    if not opened.environment and not len(opened):
+        why = " ".join(map(str, opened.problems)) or "It is empty."
+        raise ValueError(f"A run that is compared has a passport or steps. Received: {run!r}, with neither. {why}")
+    return opened
 
 
 def _name(run: Run, otherwise: str) -> str:
