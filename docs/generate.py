@@ -6,6 +6,7 @@ What a rule or a statistic says of itself is its only description; these pages a
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -40,11 +41,14 @@ def statistics_page() -> str:
 
 
 def causes() -> str:
-    """The vocabulary of root causes, and the rules whose pages speak of each."""
-    pages = {rule.__name__: Path(rule.__code__.co_filename).read_text() for rule in findings.ALL}
+    """The vocabulary of root causes, and the rules that speak of each: in their own source, or else in their file."""
+    sources = {rule.__name__: inspect.getsource(inspect.unwrap(rule)) for rule in findings.ALL}
+    files = {rule.__name__: Path(inspect.getfile(inspect.unwrap(rule))).read_text() for rule in findings.ALL}
     rows = []
     for cause in sorted(findings.CAUSES):
-        named = [name for name, text in pages.items() if re.search(rf"\b{cause}\b", text)]
+        word = re.compile(rf"\b{cause}\b")
+        named = [n for n, text in sources.items() if word.search(text)]
+        named = named or [n for n, text in files.items() if word.search(text)]
         rows.append(f"| `{cause}` | {', '.join(f'[{n}](rules.md#{n})' for n in named) or '-'} |\n")
     return (
         f"# Causes\n\n{NOTE}\nWhat a finding may name as the root of it all.\n\n| cause | rules |\n|---|---|\n"
