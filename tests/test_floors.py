@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "trainrt"
 
 FLOORS = (
-    {"record", "digits", "signals", "phases", "charts", "launch"},
+    {"record", "digits", "signals", "phases", "charts", "launch", "banners"},
     {"statistics", "events", "synthetic", "digest", "relation", "windows"},
     {"checkpoint", "run", "doors", "native", "clip", "taps", "resident", "matched", "survey"},
     {"findings", "moments", "adaptive", "audit", "bits", "forward", "device_words", "trace_reading"},

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainrt import __version__
+from trainrt.banners import load_tensorflow
 from trainrt.determinism import commands as determinism
 from trainrt.record import unique
 
@@ -76,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     determinism.add(commands)
 
     explain = commands.add_parser("explain", help="list the rules, or print what one means")
-    explain.add_argument("rule", nargs="?", help="name of a rule")
+    explain.add_argument("rule", nargs="?", help="name of a rule, or of a cause that a finding named")
     explain.set_defaults(command=_explain)
 
     demo = commands.add_parser("demo", help="train a healthy and a faulty model on digits, and see what is found")
@@ -99,9 +102,8 @@ def _parser() -> argparse.ArgumentParser:
 
     launch = commands.add_parser("launch", help="train a script with several workers on this machine")
     launch.add_argument("-n", "--workers", type=_positive, required=True, help="how many")
-    launch.add_argument(
-        "--restarts", type=int, default=0, metavar="N", help="start all again up to N times when one dies (%(default)s)"
-    )
+    launch.add_argument("--restarts", type=_not_negative, default=0, metavar="N",
+                        help="start all again up to N times when one dies (%(default)s)")  # fmt: skip
     launch.add_argument("script", help="a Python file that makes a MultiWorkerMirroredStrategy")
     launch.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
     launch.set_defaults(command=_launch)
@@ -109,9 +111,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return _at_least(1, text)
+
+
+def _not_negative(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, not {value}")
     return value
 
 
@@ -222,7 +235,7 @@ def _write_page(file: Path, logdir: Path, paths: list[Path], runs: list[Run]) ->
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    load_tensorflow()
     from trainrt import native
 
     if options.action == "clean":
@@ -253,23 +266,36 @@ def _launch(options: argparse.Namespace) -> int:
     from trainrt import launch
 
     if not Path(options.script).is_file():
-        return _refuse(f"{options.script} does not exist. Give a Python file that each worker runs.")
+        what = "is no file" if Path(options.script).exists() else "does not exist"
+        return _refuse(f"{options.script} {what}. Give a Python file that each worker runs.")
     return launch.launch([sys.executable, options.script, *options.arguments], options.workers, options.restarts)
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from trainrt.findings import ALL, explain
+    from trainrt.findings import ALL, CAUSES, explain
 
     if options.rule is None:
         width = max(len(rule.__name__) for rule in ALL)
         for rule in ALL:
             print(f"{rule.__name__:{width}}  {explain(rule).splitlines()[0]}")
         return 0
-    found = [rule for rule in ALL if rule.__name__ == options.rule]
-    if not found:
-        return _refuse(f"there is no rule {options.rule!r}; the rules are {', '.join(r.__name__ for r in ALL)}.")
-    print(f"{options.rule}\n\n{explain(found[0])}")
-    return 0
+    pages = {rule.__name__: explain(rule) for rule in ALL}
+    speaking = [name for name, page in pages.items() if re.search(rf"\b{re.escape(options.rule)}\b", page)]
+    if options.rule in pages:
+        print(f"{options.rule}\n\n{pages[options.rule]}")
+        return 0
+    if options.rule in CAUSES:
+        print(f"{options.rule} is a cause that a finding may name. ", end="")
+        told = ", ".join(speaking)
+        print(f"Of it speak the rules {told}." if speaking else "No page of a rule speaks of it.", end="\n")
+        for name in speaking:
+            print(f"\n{name}\n\n{pages[name]}")
+        return 0
+    names = [*pages, *sorted(CAUSES)]
+    like = [name for name in names if options.rule and options.rule.lower() in name]
+    like = like or difflib.get_close_matches(options.rule, names, n=5, cutoff=0.5)
+    hint = f"Like it: {', '.join(like)}. " if like else ""
+    return _refuse(f"there is no rule or cause {options.rule!r}. {hint}`trainrt explain` lists the rules.")
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -289,7 +315,10 @@ def _print_report(path: Path, run: Run, findings: list[Finding]) -> None:
     for label, words in lines:
         _say(words, f"  {label:{width}}  ")
     print()
-    render(findings)
+    if findings or len(run.steps):
+        render(findings)
+    else:
+        print("No step was recorded, so there is nothing to judge.")
 
 
 def summary(run: Run) -> list[tuple[str, str]]:

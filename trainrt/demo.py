@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainrt.banners import without_banners
 from trainrt.findings import Finding
 from trainrt.findings.finding import shorten
 
@@ -33,10 +32,10 @@ def run(logdir: Path, epochs: int = EPOCHS) -> int:
         if not os.access(logdir, os.W_OK):
             raise PermissionError("no permission")
     except OSError as error:
-        print(f"trainrt: {logdir} cannot be written: {error}", file=sys.stderr)
+        print(f"trainrt: {logdir} cannot be written: {error}. Name a directory: --logdir DIR.", file=sys.stderr)
         return 2
     print("Loading TensorFlow ...", flush=True)
-    with _without_banners():
+    with without_banners():
         import keras
 
         from trainrt import digits, fit
@@ -73,24 +72,6 @@ def verdict(findings: Sequence[Finding]) -> str:
     first = findings[0]
     where = shorten(first.where) or "the run"
     return f"trainrt found {' or '.join(first.causes)} at {where}, from step {first.steps[0]} on."
-
-
-@contextlib.contextmanager
-def _without_banners():
-    """Native libraries write to descriptor 2 while TensorFlow loads, past every log level. Shown only if it fails."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as banners:
-        os.dup2(banners.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            banners.seek(0)
-            os.write(kept, banners.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def build():

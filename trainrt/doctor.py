@@ -19,6 +19,7 @@ from importlib import metadata
 from typing import Any
 
 import trainrt
+from trainrt.banners import without_banners
 
 WELL, MISSING, BROKEN = "ok", "missing", "broken"
 STATUSES = {WELL: 0, MISSING: 1, BROKEN: 2}
@@ -103,7 +104,8 @@ def run(as_json: bool = False, require: Sequence[str] = ()) -> int:
     """Prints what was found; returns the exit status."""
     import json
 
-    checks = examine(require)
+    with without_banners():  # they would stand between the lines that somebody pastes into a report
+        checks = examine(require)
     if as_json:
         print(json.dumps({"status": status(checks), "checks": [dataclasses.asdict(c) for c in checks]}, indent=2))
     else:

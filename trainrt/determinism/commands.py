@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from trainrt.banners import load_tensorflow
 
 FOUND, BAD_INPUT = 1, 2
 """Exit statuses: something stands against determinism; the input is bad."""
@@ -53,7 +54,7 @@ def add(commands: Any) -> None:
 
 def _guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        load_tensorflow()
         try:
             return command(options)
         except (OSError, ValueError, RuntimeError) as error:
@@ -118,7 +119,8 @@ def _prove(options: argparse.Namespace) -> int:
         print(json.dumps({**certificate.content(), "distinct": certificate.distinct}, indent=2))
     else:
         print(certificate)
-        print(f"The records, signed, are in {certificate.runs[0][0].parent.parent if any(certificate.runs) else '-'}")
+        if any(certificate.runs):
+            print(f"The records, signed, are in {certificate.runs[0][0].parent.parent}")
     return 0 if certificate.identical else FOUND
 
 

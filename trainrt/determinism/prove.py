@@ -120,10 +120,13 @@ def prove(
 
     Raises:
       ValueError: Fewer than two runs.
+      FileNotFoundError: There is no such script.
       ScriptFailed: A process failed.
     """
     if runs < 2:
         raise ValueError(f"A proof compares processes: `runs` must be at least 2. Received: runs={runs}.")
+    if not Path(script).is_file():
+        raise FileNotFoundError(f"{script} does not exist. Give a training script, a Python file.")
     place = Path(logdir) / time.strftime("%Y%m%d-%H%M%S")
     options = ["--every", str(every), "--seed", str(seed), *(["--fast"] if fast else []), *(["--xla"] if xla else [])]
     options += ["--steps", str(steps)] if steps else []
