@@ -1,13 +1,13 @@
 """What others charge for a look at the training, and what they show. One command, side by side:
 
-    python benchmarks/peers.py [--rounds 5] [--epochs 2] [--only NAME ...] [--workload NAME ...]
+    python benchmarks/peers.py [--rounds 5] [--epochs 2] [--only NAME ...] [--workload NAME ...] [--torch PYTHON]
 
 Every way runs in a process of its own, which first trains bare and then alternates bare and watched rounds: `time` is
 the median of the watched rounds over that of the bare ones, the first, which traces, left out. `memory` is the peak of
 the process over that of one that trains bare. `bytes/step` is what lies in the log directory per step of training.
 
-trainrt's `time` may be under 1: its loop saves more than its looking costs. PyTorch's monitors are not here yet: they
-would have to be compared with a bare PyTorch loop.
+trainrt's `time` may be under 1: its loop saves more than its looking costs. PyTorch's monitors, each over a bare loop
+of its own framework (`peers_torch.py`), run in the interpreter that `--torch` names, where they are installed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ SHOWS = {
     "by_hand": "norm and histogram of each gradient in each step; no updates, no slots, no causes",
     "debugger": "NaN and infinity counts of every tensor of every op; no updates, no ratios",
     "trainrt": "gradient before and after the clip, weight, true update and slots of each weight in each step; causes",
+    "torch": "nothing",
+    "composer": "norms of each gradient after the clip, moment and weight, and of a step made up from the moments",
+    "cockpit": "gradient norms and histogram, tests of noise over the single rows' gradients, distance, step size",
 }
+TORCH = ("torch", "composer", "cockpit")
 WORKLOADS = ("mlp", "cnn")
 
 
@@ -172,8 +176,11 @@ def _bytes(directory: str) -> int:
     return sum(file.stat().st_size for file in Path(directory).rglob("*") if file.is_file())
 
 
-def _in_its_own_process(way: str, workload: str, rounds: int, epochs: int) -> dict:
-    command = [sys.executable, __file__, "--measure", way, workload, str(rounds), str(epochs)]
+def _in_its_own_process(way: str, workload: str, rounds: int, epochs: int, torch: str) -> dict:
+    if way in TORCH:
+        command = [torch, str(Path(__file__).with_name("peers_torch.py")), way, workload, str(rounds), str(epochs)]
+    else:
+        command = [sys.executable, __file__, "--measure", way, workload, str(rounds), str(epochs)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         told = [line for line in done.stderr.splitlines() if "Error" in line]
@@ -185,7 +192,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--only", nargs="*", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--only", nargs="*", choices=(*WAYS, *TORCH))
+    parser.add_argument("--torch", metavar="PYTHON", help="an interpreter that has torch, mosaicml and cockpit")
     parser.add_argument("--workload", nargs="*", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -193,17 +201,18 @@ def main() -> None:
         way, workload, rounds, epochs = options.measure
         print(json.dumps(measure(way, workload, int(rounds), int(epochs))))
         return
+    ways = options.only or [*WAYS, *(TORCH if options.torch else ())]
     print(f"{os.cpu_count()} cores; batches of 32, Adam; medians of {options.rounds} alternating rounds\n")
     print(f"{'workload':9} {'way':9} {'time':>7} {'memory':>7} {'bytes/step':>11}  shows")
     for workload in options.workload:
-        base = None
-        for way in options.only:
-            found = _in_its_own_process(way, workload, options.rounds, options.epochs)
+        peaks: dict[bool, float] = {}  # of the first way of each framework, the bare one
+        for way in ways:
+            found = _in_its_own_process(way, workload, options.rounds, options.epochs, options.torch or sys.executable)
             if "error" in found:
                 print(f"{workload:9} {way:9} could not be measured: {found['error'][:100]}", flush=True)
                 continue
-            base = base or found
-            memory = found["peak_kib"] / base["peak_kib"] if "bare" in options.only else float("nan")
+            bare_peak = peaks.setdefault(way in TORCH, found["peak_kib"] if way in ("bare", "torch") else float("nan"))
+            memory = found["peak_kib"] / bare_peak
             print(
                 f"{workload:9} {way:9} {found['time']:7.2f} {memory:7.2f} {found['bytes']:11,.0f}  {SHOWS[way]}",
                 flush=True,
