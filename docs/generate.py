@@ -6,7 +6,6 @@ What a rule or a statistic says of itself is its only description; these pages a
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 from pathlib import Path
 
@@ -41,14 +40,10 @@ def statistics_page() -> str:
 
 
 def causes() -> str:
-    """The vocabulary of root causes, and the rules that speak of each: in their own source, or else in their file."""
-    sources = {rule.__name__: inspect.getsource(inspect.unwrap(rule)) for rule in findings.ALL}
-    files = {rule.__name__: Path(inspect.getfile(inspect.unwrap(rule))).read_text() for rule in findings.ALL}
+    """The vocabulary of root causes, and the rules that may name each."""
     rows = []
     for cause in sorted(findings.CAUSES):
-        word = re.compile(rf"\b{cause}\b")
-        named = [n for n, text in sources.items() if word.search(text)]
-        named = named or [n for n, text in files.items() if word.search(text)]
+        named = [rule.__name__ for rule in findings.naming(cause, findings.ALL)]
         rows.append(f"| `{cause}` | {', '.join(f'[{n}](rules.md#{n})' for n in named) or '-'} |\n")
     return (
         f"# Causes\n\n{NOTE}\nWhat a finding may name as the root of it all.\n\n| cause | rules |\n|---|---|\n"
@@ -58,7 +53,7 @@ def causes() -> str:
 
 def changes() -> str:
     """What `trainrt.explain` tries, read from the source: importing it would load TensorFlow."""
-    tree = ast.parse((HERE.parent / "trainrt" / "changes.py").read_text())
+    tree = ast.parse((HERE.parent / "trainrt" / "experiment" / "changes.py").read_text())
     (listed,) = [n for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "CHANGES"]
     rows = []
     for call in listed.value.elts:  # type: ignore[attr-defined]

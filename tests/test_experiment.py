@@ -11,9 +11,10 @@ import pytest
 import tensorflow as tf
 
 import trainrt
-from trainrt import changes, digits, doors
-from trainrt.charts import Line, chart
-from trainrt.experiment import CONFIRMED, DROPPED, Effect, Explanation, Range, confirmed
+from trainrt import digits, doors
+from trainrt.experiment import Effect, Explanation, Range, changes, confirmed
+from trainrt.experiment.charts import Line, chart
+from trainrt.experiment.explanation import CONFIRMED, DROPPED
 from trainrt.findings import CAUSES, Finding
 
 (X, Y), _ = digits.load()
@@ -199,7 +200,7 @@ def test_an_error_in_the_middle_leaves_the_model_as_it_was(monkeypatch):
             yield
             raise ZeroDivisionError
 
-    monkeypatch.setattr("trainrt.experiment.CHANGES", (changes.Change("broken", (), "", breaks),))
+    monkeypatch.setattr("trainrt.experiment.explanation.CHANGES", (changes.Change("broken", (), "", breaks),))
     with pytest.raises(ZeroDivisionError):
         trainrt.explain(model, X[:128], Y[:128], steps=2, replays=1)
     assert everything(model) == before

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "trainrt"
 
 FLOORS = (
-    {"record", "digits", "signals", "phases", "charts", "launch", "banners"},
+    {"record", "digits", "signals", "phases", "launch", "banners"},
     {"statistics", "events", "synthetic", "digest", "relation", "windows"},
     {"checkpoint", "run", "doors", "native", "clip", "taps", "resident", "matched", "survey"},
     {"findings", "moments", "adaptive", "audit", "bits", "forward", "device_words", "trace_reading"},
@@ -20,8 +20,8 @@ FLOORS = (
     {"update", "reference"},
     {"determinism", "replicas", "position", "poison"},
     {"sinks", "step", "batches", "environment", "pace", "look", "timing", "telemetry", "retracing"},
-    {"recorder", "arguments", "probe", "replay"},
-    {"journal", "changes"},
+    {"recorder", "arguments", "probe"},
+    {"journal"},
     {"resume"},
     {"lockstep"},
     {"training"},

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from trainrt import doors
 from trainrt.clip import Clip
-from trainrt.replay import Replay, dealt, pooled, rows_of
+from trainrt.experiment.replay import Replay, dealt, pooled, rows_of
 
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 STANDARD = (0.3, 0.5, 2.0)

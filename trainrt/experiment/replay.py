@@ -140,6 +140,21 @@ def _assert_ready(model: Any) -> None:
         )
 
 
+def assert_counts(**numbers: Any) -> None:
+    """Raises for a number of an experiment's argument that is no int, or under 1."""
+    for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"`{name}` must be an int. Received: {name}={value!r}.")
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}.")
+
+
+def loss_of(logs: Any) -> float:
+    """Of a train step of the user's own: its `loss`, or the first number that it returns."""
+    values = logs if isinstance(logs, dict) else {"loss": logs}
+    return float(values["loss"] if "loss" in values else next(iter(values.values())))
+
+
 class _State:
     """The values of all variables of a model and its optimizers."""
 
