@@ -154,18 +154,17 @@ def test_run_without_weights_or_steps_has_a_summary():
 
 
 @pytest.mark.parametrize("arguments", [["report"], ["explain"], ["--version"]])
-def test_reading_imports_no_tensorflow_and_takes_less_than_a_second(tmp_path, arguments):
+def test_reading_imports_no_tensorflow(tmp_path, arguments):
     if arguments == ["report"]:
         write(tmp_path, strangled())
         arguments = ["report", str(tmp_path)]
     program = (
-        "import sys, time\n"
+        "import sys\n"
         "from trainrt.cli import main\n"
         f"try: status = main({arguments!r})\n"
         "except SystemExit as end: status = end.code\n"
         "heavy = {'tensorflow', 'keras', 'pandas'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "assert time.process_time() < 1, time.process_time()\n"
         "sys.exit(status)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -181,7 +180,7 @@ def test_explain_lists_every_rule_and_prints_each_ones_page(capsys):
         assert main(["explain", rule.__name__]) == 0
         assert "Means:" in capsys.readouterr().out
     assert main(["explain", "gremlins"]) == BAD_INPUT
-    assert findings.ALL[0].__name__ in capsys.readouterr().err
+    assert "`trainrt explain` lists the rules" in capsys.readouterr().err
 
 
 def test_version_is_that_of_the_package(capsys):

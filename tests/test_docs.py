@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainrt import changes, findings, statistics
+from trainrt import findings, statistics
+from trainrt.experiment import changes
 
 DOCS = Path(__file__).parent.parent / "docs"
 _spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
@@ -26,6 +27,11 @@ def test_every_rule_statistic_cause_and_change_has_its_place():
     assert all(f"| `{name}` |" in pages["statistics.md"] for name in (*own, *statistics.QUANTITIES))
     assert all(f"| `{cause}` |" in pages["causes.md"] for cause in findings.CAUSES)
     assert re.findall(r"^\| ([^|`-]+?) \|", pages["changes.md"], re.M)[1:] == [c.name for c in changes.CHANGES]
+
+
+@pytest.mark.parametrize("cause", sorted(findings.CAUSES))
+def test_a_cause_may_be_named_by_some_rules_and_not_by_all(cause):
+    assert 0 < len(findings.naming(cause, findings.ALL)) < len(findings.ALL) / 4
 
 
 def test_code_in_a_page_is_closed():

@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -272,22 +271,20 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    from trainrt.findings import ALL, CAUSES, explain
+    from trainrt.findings import ALL, CAUSES, explain, naming
 
     if options.rule is None:
         width = max(len(rule.__name__) for rule in ALL)
         for rule in ALL:
             print(f"{rule.__name__:{width}}  {explain(rule).splitlines()[0]}")
         return 0
-    pages = {rule.__name__: explain(rule) for rule in ALL}
-    speaking = [name for name, page in pages.items() if re.search(rf"\b{re.escape(options.rule)}\b", page)]
+    pages = {rule.__name__: explain(rule).partition("\n>>> ")[0].rstrip() for rule in ALL}
     if options.rule in pages:
         print(f"{options.rule}\n\n{pages[options.rule]}")
         return 0
     if options.rule in CAUSES:
-        print(f"{options.rule} is a cause that a finding may name. ", end="")
-        told = ", ".join(speaking)
-        print(f"Of it speak the rules {told}." if speaking else "No page of a rule speaks of it.", end="\n")
+        speaking = [rule.__name__ for rule in naming(options.rule, ALL)]
+        print(f"{options.rule} is a cause that may be named by {', '.join(speaking) or 'no rule yet'}.")
         for name in speaking:
             print(f"\n{name}\n\n{pages[name]}")
         return 0

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 
 from trainrt.findings.finding import CAUSES, SEVERITIES, TIME_CAUSES, Finding, findings_of_time
-from trainrt.findings.rules import Rule, collect, diagnose, explain, fold, rule
+from trainrt.findings.rules import Rule, collect, diagnose, explain, fold, naming, rule
 
 ALL: tuple[Rule, ...] = tuple(
     each
@@ -27,5 +27,6 @@ __all__ = [
     "explain",
     "findings_of_time",
     "fold",
+    "naming",
     "rule",
 ]

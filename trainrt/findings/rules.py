@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -254,3 +256,10 @@ def _broken(each: Rule, error: Exception, run: Run) -> Finding:
 def explain(each: Rule) -> str:
     """The help page of a rule: its docstring without the doctests' markup of module paths."""
     return inspect.getdoc(each) or f"{each.__name__} has no docstring."
+
+
+def naming(cause: str, rules: Sequence[Rule]) -> list[Rule]:
+    """The rules that may name a cause: those whose own code does, or, where none does, all of the file that does."""
+    word = re.compile(rf"\b{re.escape(cause)}\b")
+    own = [each for each in rules if word.search(inspect.getsource(inspect.unwrap(each)))]
+    return own or [each for each in rules if word.search(Path(inspect.getfile(inspect.unwrap(each))).read_text())]
