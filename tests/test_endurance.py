@@ -150,7 +150,10 @@ def test_a_record_reads_while_it_is_written_and_copied_and_moved(tmp_path):
     seen = []
 
     def look():
-        time.sleep(1.2)  # longer than a window waits for its delivery
+        last = seen[-1][0] if seen else 0
+        until = time.monotonic() + 60  # a window waits for its delivery, a second or so where nothing else runs
+        while len(trainrt.Run.open(tmp_path / "logs")) <= last and time.monotonic() < until:
+            time.sleep(0.1)
         copy = tmp_path / f"copy{len(seen)}"
         shutil.copytree(tmp_path / "logs", copy)
         here, there = trainrt.Run.open(tmp_path / "logs"), trainrt.Run.open(copy)

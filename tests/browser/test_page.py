@@ -189,9 +189,9 @@ def test_a_running_job_grows_and_keeps_the_chosen_place(tab, serve, tmp_path):
     assert "b" in page.text(".chip")
     page.after(lambda: page.frame.get_by_role("button", name="Show all").click())
     page.after(lambda: writer.windows(60, 90))
-    page.inner.wait_for_function("document.querySelector('.range').innerText === 'steps 0 to 89'", timeout=10_000)
+    page.inner.wait_for_function("document.querySelector('.range').innerText === 'steps 0 to 89'", timeout=60_000)
     page.after(writer.close)
-    page.inner.wait_for_function("document.querySelector('.pill').innerText === 'finished'", timeout=10_000)
+    page.inner.wait_for_function("document.querySelector('.pill').innerText === 'finished'", timeout=60_000)
 
 
 def test_a_run_that_begins_later_appears_by_itself(tab, serve, tmp_path):
@@ -201,7 +201,7 @@ def test_a_run_that_begins_later_appears_by_itself(tab, serve, tmp_path):
     assert page.text("h1") == "No steps recorded yet"
     Writer(tmp_path / "runs" / "second", Run.synthetic(9)).windows(0, 9).close()
     run = page.frame.get_by_label("Run", exact=True)
-    run.locator("option", has_text="second").wait_for(state="attached", timeout=12_000)
+    run.locator("option", has_text="second").wait_for(state="attached", timeout=60_000)
 
 
 @pytest.mark.parametrize("reader", [["--load_fast=true"], ["--load_fast=false"], ["--samples_per_plugin=trainrt=2"]])
