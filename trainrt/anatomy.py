@@ -42,7 +42,6 @@ from trainrt import doors, forward
 TRANSPARENT = ("Flatten", "Reshape", "Permute", "Dropout", "SpatialDropout1D", "SpatialDropout2D", "Identity")
 """Layers that leave every value as it is, or scale it: behind them the activation is the one before."""
 
-_ROLES = ("kernel", "bias", "recurrent", "depthwise", "pointwise", "embeddings", "gamma", "beta", "moving")
 _PLAIN_ATTRIBUTES = ("units", "rate", "momentum", "epsilon", "return_sequences", "input_dim", "output_dim")
 
 

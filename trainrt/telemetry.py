@@ -26,15 +26,6 @@ LARGEST = frozenset({"rss_bytes", "memory_bytes", "process_bytes", "others_bytes
 """Of these a sample that stands for several seconds keeps the largest value, of flags (`throttle`) all, else the mean.
 """
 
-THROTTLE = {
-    0x4: "power cap",
-    0x8: "hardware slowdown",
-    0x20: "thermal (software)",
-    0x40: "thermal (hardware)",
-    0x80: "power brake",
-}
-"""Bits of `throttle` that slow a busy card down. NVML's other reasons are an idle card and set clocks."""
-
 
 class Host:
     """The process: cores it keeps busy, resident memory, bytes it reads and writes; and the machine's busy share."""
