@@ -43,3 +43,6 @@ def test_links_of_the_readme_lead_somewhere():
     readme = (DOCS.parent / "README.md").read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", readme):
         assert (DOCS.parent / target).exists(), target
+    headings = re.findall(r"^#+ (.+)$", readme, re.M)
+    places = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", readme)) <= places
