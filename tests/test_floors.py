@@ -129,3 +129,12 @@ def test_reading_leaves_tensorflow_out(code):
 
 def test_importing_trainrt_alone_imports_nothing_else_of_weight():
     assert not {"numpy", "tensorboard", "google.protobuf"} & _modules_after("import trainrt")
+
+
+def test_editors_know_every_public_name_and_where_it_is_defined():
+    import trainrt
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    told = {each.asname: node.module for node in block.body for each in node.names}
+    assert told == {name: "trainrt" if home == f"trainrt.{name}" else home for name, home in trainrt._HOME.items()}

@@ -8,6 +8,21 @@ Names load on first use, so that reading a record never imports TensorFlow.
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
+    from trainrt import clip as clip
+    from trainrt import determinism as determinism
+    from trainrt import digits as digits
+    from trainrt.checkpoint import Checkpoint as Checkpoint
+    from trainrt.comparison import compare as compare
+    from trainrt.experiment import explain as explain
+    from trainrt.experiment import lr_range as lr_range
+    from trainrt.findings import Finding as Finding
+    from trainrt.findings import diagnose as diagnose
+    from trainrt.loop import fit as fit
+    from trainrt.run import Run as Run
+    from trainrt.statistics import statistic as statistic
 
 __version__ = "0.1.0"
 
