@@ -148,8 +148,21 @@ def test_a_fused_update_is_the_optimizer_in_other_dtypes_for_long(kind, options,
     compare(lambda: kind(learning_rate=0.1, **options), dtype, steps=300)
 
 
-@pytest.mark.parametrize("extra", OPTIONS, ids=lambda extra: "-".join(extra))
-@pytest.mark.parametrize(("kind", "options"), MAKERS)
+SURROUNDED = [
+    pytest.param(*maker.values, extra, id="-".join([maker.id, *extra]), marks=[pytest.mark.slow] if repeats else [])
+    for maker in MAKERS
+    for extra in OPTIONS
+    for repeats in [
+        bool(maker.values[1])
+        and len(extra) == 1
+        and "clipvalue" not in extra
+        and maker.values[0] not in fused.MULTIPLIES_GRADIENT
+    ]
+]
+"""Each optimizer with each option; variants of an optimizer with options together, as one alone repeats these."""
+
+
+@pytest.mark.parametrize(("kind", "options", "extra"), SURROUNDED)
 def test_what_surrounds_the_update_is_keras_s_bit_for_bit(kind, options, extra):
     if "loss_scale_factor" in extra and kind in fused.MULTIPLIES_GRADIENT:
         optimizer = kind(**options, **extra)

@@ -61,7 +61,10 @@ def script(tmp_path):
 
 def test_an_embedding_with_sgd_varies_in_the_fast_mode_is_located_and_is_fixed(script, tmp_path, capsys):
     path = script(ZOO)
-    fast = prove(path, ["12", "embedding_sgd"], runs=2, fast=True, logdir=tmp_path / "fast")
+    for attempt in range(4):  # threads race, and on a machine that is busy they may come in order once
+        fast = prove(path, ["12", "embedding_sgd"], runs=2, fast=True, logdir=tmp_path / f"fast{attempt}")
+        if not fast.identical:
+            break
     assert not fast.identical
     found = fast.worst.difference
     assert found.stage == "variable"
