@@ -54,7 +54,6 @@ def add(commands: Any) -> None:
 
 def _guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
-        load_tensorflow()
         try:
             return command(options)
         except (OSError, ValueError, RuntimeError) as error:
@@ -65,6 +64,7 @@ def _guarded(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse
 
 
 def _check(options: argparse.Namespace) -> int:
+    load_tensorflow()
     from trainrt.determinism import modes, preflight
     from trainrt.determinism.saved import specs_of
 
@@ -125,6 +125,7 @@ def _prove(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    load_tensorflow()
     from trainrt.determinism import bench
     from trainrt.determinism.zoo import ZOO
 
