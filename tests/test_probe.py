@@ -402,3 +402,20 @@ def test_looks_stay_within_their_budget(monkeypatch):
         prober.after(step + 1, 1)
     looks_taken = next(clock)
     assert 2 <= looks_taken <= 1 + probe.SHARE * 2000
+
+
+def test_rows_that_never_come_do_not_make_the_loop_run_a_step_a_call():
+    """A pipeline of which no batch can be kept, such as one of strings."""
+    model = compiled(dense)
+    model.fit(*data(), verbose=0)
+    told = []
+    prober = probe.Prober(model, lambda: None, lambda: None, lambda kind, _: told.append(kind), enabled=True)
+    step, calls = 0, 0
+    while step < 10_000:
+        prober.before(step)
+        ran = min(prober.room(step), 10_000 - step)
+        step, calls = step + ran, calls + 1
+        prober.after(step, ran)
+    prober.end(step)
+    assert calls < 20
+    assert told[-1] == "probe", "the end says that nothing was seen, and why"

@@ -128,10 +128,14 @@ class Prober:
             return
         with self._timed():
             sample = self._ready()
-            if sample is not None and self._affordable("schedule"):
+            if sample is None:
+                # Rows of a pipeline are there after its first batch, or never: asked at 1, 2, 4, ... steps, or the loop
+                # would run a step a call, waiting for them.
+                self._next = max(1, 2 * step)
+            elif self._affordable("schedule"):
                 self._pending = self._measured(sample, step, "start" if step == 0 else "schedule")
                 while self._next <= step:
-                    self._next = FIRST if self._next == 0 else SECOND if self._next == FIRST else self._next * GROWTH
+                    self._next = FIRST if self._next < FIRST else SECOND if self._next < SECOND else self._next * GROWTH
 
     def after(self, step: int, steps: int) -> None:
         """`steps` steps have run since `before`, and `step` are done."""
