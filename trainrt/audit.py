@@ -66,6 +66,11 @@ class Audit:
         return self._told < self.train.watched + self.validation.watched
 
     @property
+    def known_at_once(self) -> bool:
+        """Whether the training data can be described before it has gone by: it lies there as arrays."""
+        return self._enabled and not self._told and self.train.lies_there
+
+    @property
     def draft_due(self) -> bool:
         """Whether the first pass has lasted so long that it should be described before its end."""
         if not self._enabled or self._told or time.monotonic() - self._began < self._next_draft:
@@ -144,6 +149,11 @@ class Watched:
             self._arrays[self.begun - 1] = (arrays, order, batch_size)
             self.watched += 1
             self.surveys.setdefault(self.begun - 1, Survey(()))
+
+    @property
+    def lies_there(self) -> bool:
+        """Whether there are arrays that nobody has looked at yet."""
+        return bool(self._arrays)
 
     def _due(self) -> bool:
         if not self._enabled:

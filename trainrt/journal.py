@@ -111,6 +111,8 @@ class Journal(contextlib.AbstractContextManager):
                 return {**passport(), "resumed": {"step": step}}
 
         self._recorder = Recorder(roster, environment, self._sinks, self._budget_bytes)
+        if self._audit.known_at_once:  # while the first steps run: at the end, the training would wait for it
+            self._tell_data()
 
     def push(
         self, first: int, every: int, vectors: tf.Tensor, begun: float, ended: float, times: np.ndarray | None = None

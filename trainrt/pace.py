@@ -34,7 +34,7 @@ class Pace:
     Long enough to pay the overhead of the call, short enough for Ctrl-C, the progress bar and `stop_training`.
     """
 
-    CALL_S = 0.075
+    CALL_S = 0.1
     GROWTH = 8
 
     def __init__(self):

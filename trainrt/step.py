@@ -109,6 +109,7 @@ class Step:
         self._digested = self._compiled(measuring=bool(every), digesting=True)
         self._chunk = _function(self._iterated)
         self._chunks: dict[tuple, tf.types.experimental.PolymorphicFunction] = {}
+        self._latest: tuple[tuple, Any, Any] | None = None
         self._spec: Any = None
 
     def _compiled(self, measuring: bool, digesting: bool = False):
@@ -270,20 +271,29 @@ class Step:
         else:
             count, logs, vectors, clock = self._chunk(iterator, begin, most, clocked or self._several)
         ran = int(count)
-        return self._outcome(ran, logs if ran else None, vectors[:ran], clock)
+        return self._outcome(ran, logs if ran else None, vectors, clock)
 
     def _outcome(self, ran: int, logs, rows: tf.Tensor, clock) -> Outcome:
-        vectors = rows[:, : self._width] if self.every else None
-        digests = rows[:, self._width :] if self._digest_every else None
+        vectors = digests = None
+        if self.every or self._digest_every:
+            if ran < rows.shape[0]:  # an eager slice costs as much as some steps
+                rows = rows[:ran]
+            vectors = rows if self.every else None
+            if self._digest_every:
+                vectors = None if vectors is None else rows[:, : self._width]
+                digests = rows[:, self._width :]
         return Outcome(ran, logs, vectors, digests, None if clock is None else np.stack(clock, axis=1)[:ran])
 
     def _gathering(self, epoch: resident.Epoch, method, step):
         """A method compiled for batches of this size and shape."""
-        key = (method.__name__, id(step), epoch.batch_size, *keras.tree.flatten(epoch.element_spec))
-        if key not in self._chunks:
-            python_function = functools.partial(method, step, epoch.batch_size, epoch.element_spec)
-            self._chunks[key] = _function(python_function)
-        return self._chunks[key]
+        asked = (method.__name__, id(step), epoch.batch_size)
+        if self._latest is None or self._latest[0] != asked or self._latest[1] is not epoch.element_spec:
+            key = (*asked, *keras.tree.flatten(epoch.element_spec))  # takes as long to hash as a small step
+            if key not in self._chunks:
+                python_function = functools.partial(method, step, epoch.batch_size, epoch.element_spec)
+                self._chunks[key] = _function(python_function)
+            self._latest = (asked, epoch.element_spec, self._chunks[key])
+        return self._latest[2]
 
     @tf.autograph.experimental.do_not_convert
     def _iterated(self, iterator, first, steps, clocked=True):
