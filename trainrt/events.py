@@ -117,7 +117,8 @@ def encode_epoch(epoch: Epoch, wall_time: float | None = None) -> bytes:
 
 def encode_document(document: Document, wall_time: float | None = None) -> bytes:
     """A document, its kind, step and content."""
-    return _encode_json("document", dataclasses.asdict(document), document.step, wall_time)
+    content = {"kind": document.kind, "step": document.step, "content": document.content}  # `asdict` copies all of it
+    return _encode_json("document", content, document.step, wall_time)
 
 
 def encode_findings(findings: Sequence[Mapping[str, Any]], step: int, wall_time: float | None = None) -> bytes:
