@@ -131,6 +131,9 @@ def value_of(variable) -> tf.Tensor | None:
     """The value now: a read of its own, so that a later assignment cannot change it."""
     if variable is None:
         return None
+    raw = doors.raw(variable)
+    if type(raw).__name__ == "ResourceVariable":  # an identity behind the read would stay in the graph, one a tensor
+        return tf.raw_ops.ReadVariableOp(resource=raw.handle, dtype=raw.dtype)
     return tf.identity(variable.value if isinstance(variable, keras.Variable) else variable)
 
 
