@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "trainrt"
 FLOORS = (
     {"record", "digits", "signals", "phases", "launch", "banners"},
     {"statistics", "events", "synthetic", "digest", "relation", "windows"},
-    {"checkpoint", "run", "doors", "native", "clip", "taps", "resident", "matched", "survey"},
+    {"checkpoint", "run", "doors", "native", "clip", "taps", "resident", "matched", "survey", "pipeline"},
     {"findings", "moments", "adaptive", "audit", "bits", "forward", "device_words", "trace_reading"},
     {"fused", "comparison", "anatomy", "trace"},
     {"generic"},

@@ -1,10 +1,9 @@
 """The data passport: what the data looked like where it entered the training, and how the pipeline orders it.
 
 Batches are watched as they go by, in the input pipeline, on the first, second, fourth, eighth... pass; the passes
-between run the pipeline as it is. Arrays that the compiled loop reads itself are looked at on the host, meanwhile.
+between run the pipeline as it is. Of a pass, some are looked at (`survey.scheduled`) and all are asked whether they are
+finite. Arrays are looked at on the host, meanwhile, in the order in which the loop or Keras's pipeline reads them.
 Nothing is read twice, drawn, reordered or changed: weights, history and every random state are those of a fit without.
-
-What TensorFlow has no public name for is in `inputs_of` alone.
 """
 
 from __future__ import annotations
@@ -14,28 +13,26 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from trainrt import doors, survey
+from trainrt.pipeline import graph_of, kind_of
 from trainrt.survey import Leaf, Survey
 
-EVERY_BATCH = 4096
-"""Batches of a watched pass of which each is looked at; after them every `THINNED`-th."""
+FEW = 128
+"""Passes of at most so many batches have each looked at: a choice in the graph costs 16 ms of tracing."""
 
-THINNED = 16
 FIRST_DRAFT_S = 30.0
 """A first pass that takes longer is described before it is over, and again whenever twice the time has passed."""
 
 KEPT_ROWS = 256
 KEPT_BYTES = 16 << 20
 """Most rows that are kept of a data set that is no array, and most bytes of one of its batches."""
-
-_MOST_ARGUMENTS = ("_buffer_size", "_batch_size", "_count", "_num_parallel_calls")
 
 
 class Audit:
@@ -51,8 +48,8 @@ class Audit:
     def __init__(self, x: Any = None, validation_data: Any = None, shuffle: Any = None, enabled: bool = True):
         self._enabled = enabled
         validation = validation_data[0] if isinstance(validation_data, tuple) and validation_data else validation_data
-        self.train = Watched(_kind(x), _graph(x) if enabled else None, enabled)
-        self.validation = Watched(_kind(validation), _graph(validation) if enabled else None, enabled)
+        self.train = Watched(kind_of(x), graph_of(x) if enabled else None, enabled)
+        self.validation = Watched(kind_of(validation), graph_of(validation) if enabled else None, enabled)
         self._shuffle = shuffle if isinstance(shuffle, (bool, str)) else None
         self._told = 0
         self._began = time.monotonic()
@@ -88,7 +85,7 @@ class Audit:
             result["validation"] = self.validation.summary()
             train, validation = self.train.surveys.get(0), self.validation.surveys.get(0)
             if train and validation:
-                result["overlap"] = survey.overlap(train.known, validation.known)
+                result["overlap"] = survey.overlap(train.known, validation.known, train.share)
         return _finite(result)
 
     @contextlib.contextmanager
@@ -105,6 +102,15 @@ class Audit:
             doors.set_evaluation_dataset(iterator, dataset)
 
 
+class _Pass(NamedTuple):
+    """A pass over arrays: the arrays, a batch's spec, the order of the rows once it is known, and the batch size."""
+
+    arrays: Any
+    spec: Any
+    order: Any
+    batch_size: int
+
+
 class Watched:
     """One of the two data sets, pass by pass.
 
@@ -113,6 +119,7 @@ class Watched:
       watched: Those of them that were watched.
       surveys: Number of the pass -> what was seen of it.
       unseen: Why nothing is seen.
+      enabled: False watches nothing.
     """
 
     def __init__(self, kind: str, graph: dict[str, Any] | None, enabled: bool):
@@ -121,9 +128,11 @@ class Watched:
         self.watched = 0
         self.surveys: dict[int, Survey] = {}
         self.unseen: str | None = None if enabled else "switched off"
-        self._enabled = enabled
+        self.enabled = enabled
         self._graph = graph
-        self._arrays: dict[int, tuple] = {}
+        self._arrays: dict[int, _Pass] = {}
+        self._first: _Pass | None = None
+        self._awaited: tuple[int, _Pass] | None = None
         self._cached: tuple[tuple, dict] | None = None
         self._lock = threading.Lock()
         self._kept: list[list[np.ndarray]] = []
@@ -143,12 +152,41 @@ class Watched:
             self.unseen = f"{type(error).__name__}: {error}"[:500]
             return dataset
 
-    def arrays(self, arrays: Any, order: Any, batch_size: int) -> None:
-        """A pass over arrays begins, in an order [rows] of rows; they are looked at when somebody asks."""
-        if self._due():
-            self._arrays[self.begun - 1] = (arrays, order, batch_size)
-            self.watched += 1
-            self.surveys.setdefault(self.begun - 1, Survey(()))
+    def arrays(self, arrays: Any, spec: Any, order: Any, batch_size: int) -> None:
+        """A pass over arrays begins; they are looked at when somebody asks.
+
+        Args:
+          arrays: In the structure of a batch.
+          spec: Of a batch.
+          order: [rows] numbers of rows; None: `in_order` tells.
+          batch_size: Rows a batch.
+        """
+        self._awaited = None
+        if not self._due():
+            return
+        number, one = self.begun - 1, _Pass(arrays, spec, order, batch_size)
+        if order is None:
+            self._awaited = number, one
+        else:
+            self._begin(number, one)
+
+    def in_order(self, order: np.ndarray) -> None:
+        """The order of the pass over arrays that has begun; a pass that is not watched tells it too."""
+        if self._awaited is not None:
+            (number, one), self._awaited = self._awaited, None
+            self._begin(number, one._replace(order=np.array(order)))
+
+    def _begin(self, number: int, one: _Pass) -> None:
+        self._arrays[number] = one
+        self._first = self._first or one
+        self.watched += 1
+        self.surveys.setdefault(number, Survey(()))
+
+    def passed(self, batches: int) -> None:
+        """So many batches of the pass that began last have gone by."""
+        seen = self.surveys.get(self.begun - 1)
+        if seen is not None and seen.batches:
+            seen.passed(batches)
 
     @property
     def lies_there(self) -> bool:
@@ -156,7 +194,7 @@ class Watched:
         return bool(self._arrays)
 
     def _due(self) -> bool:
-        if not self._enabled:
+        if not self.enabled:
             return False
         self.begun += 1
         return self.begun & (self.begun - 1) == 0
@@ -164,39 +202,41 @@ class Watched:
     def _tapped(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
         number = self.begun - 1
         leaves, indices = leaves_of(dataset.element_spec)
-        seen = Survey(leaves, full=number == 0)
+        if not leaves:
+            self.unseen = "no dense tensors of numbers"
+            return dataset
+        size = int(dataset.cardinality())
+        seen = Survey(leaves, full=number == 0, expected=_expected(dataset.element_spec, size))
 
-        def look(*arrays) -> None:
+        def look(batch_number, *arrays) -> None:
             try:
                 if not number:
                     self._keep(arrays)
-                seen.see(*arrays)
+                seen.see(*arrays, number=None if batch_number < 0 else int(batch_number))
             except Exception as error:  # a fault of ours must not take the training down
                 self.unseen = f"{type(error).__name__}: {error}"[:500]
 
-        def show(batch) -> tf.Operation:
-            return tf.numpy_function(look, [tf.nest.flatten(batch)[i] for i in indices], [])
+        def show(batch_number, batch) -> tf.Operation:
+            flat = tf.nest.flatten(batch)
+            return tf.numpy_function(look, [batch_number, *(flat[i] for i in indices)], [])
 
         @tf.autograph.experimental.do_not_convert
         def tap_each(*batch):
             batch = batch if isinstance(dataset.element_spec, tuple) else batch[0]
-            show(batch)
+            show(-1, batch)
             return batch
 
         @tf.autograph.experimental.do_not_convert
         def tap_some(batch_number, batch):
-            due = (batch_number < EVERY_BATCH) | (batch_number % THINNED == 0)
-            tf.cond(due, lambda: _after(show(batch)), _after)
+            flat = tf.nest.flatten(batch)
+            regular = survey.scheduled(batch_number) if not number else batch_number < survey.FIRST
+            due = regular | (batch_number == size - 1) | tf.logical_not(_all_finite([flat[i] for i in indices]))
+            tf.cond(due, lambda: _after(show(batch_number, batch)), _after)
             return batch
 
-        if not leaves:
-            self.unseen = "no dense tensors of numbers"
-            return dataset
         if not number:
             self._structure = dataset.element_spec, indices
-        # A `tf.cond` costs a fit some 40 ms of tracing and optimizing, so it is there only for data that is so long.
-        few = 0 <= int(dataset.cardinality()) <= EVERY_BATCH
-        tapped = dataset.map(tap_each) if few else dataset.enumerate().map(tap_some)
+        tapped = dataset.map(tap_each) if 0 <= size <= FEW else dataset.enumerate().map(tap_some)
         self.surveys[number] = seen
         self.watched += 1
         return tapped
@@ -213,7 +253,7 @@ class Watched:
         None where there are none yet, or something in a batch is no dense tensor of numbers.
         """
         if self._structure is None or not self._kept:
-            return None
+            return self._first_of_arrays()
         spec, indices = self._structure
         parts = list(self._kept)
         columns: dict[int, np.ndarray] = {
@@ -224,6 +264,22 @@ class Watched:
         if any(i not in columns and not isinstance(item, missing) for i, item in enumerate(flat)):
             return None
         return tf.nest.pack_sequence_as(spec, [columns.get(i) for i in range(len(flat))])
+
+    def _first_of_arrays(self) -> Any:
+        one = self._first
+        if one is None:
+            return None
+        flat = [None if a is None else np.asarray(a) for a in tf.nest.flatten(one.arrays)]
+        row_bytes = max(sum(a[:1].nbytes for a in flat if a is not None), 1)
+        first = np.asarray(one.order[: min(KEPT_ROWS, KEPT_BYTES // row_bytes)])
+        if not len(first):
+            return None
+        kinds = [getattr(spec, "dtype", None) for spec in tf.nest.flatten(one.spec)]
+        rows = [
+            None if a is None or kind is None else a[first].astype(kind.as_numpy_dtype)
+            for a, kind in zip(flat, kinds, strict=True)
+        ]
+        return tf.nest.pack_sequence_as(one.arrays, rows)
 
     def summary(self) -> dict[str, Any]:
         """What was seen so far."""
@@ -246,12 +302,13 @@ class Watched:
         return result
 
     def _look_at_arrays(self) -> None:
-        for number, (arrays, order, batch_size) in list(self._arrays.items()):
-            leaves, indices = leaves_of(arrays)
-            flat = tf.nest.flatten(arrays)
+        for number, one in list(self._arrays.items()):
+            leaves, indices = leaves_of(one.spec)
+            flat, specs = tf.nest.flatten(one.arrays), tf.nest.flatten(one.spec)
             seen = Survey(leaves, full=number == 0)
             try:
-                seen.see_all([np.asarray(flat[i]) for i in indices], np.asarray(order), batch_size)
+                dtypes = [specs[i].dtype.as_numpy_dtype for i in indices]
+                seen.see_all([np.asarray(flat[i]) for i in indices], np.asarray(one.order), one.batch_size, dtypes)
             except Exception as error:
                 self.unseen = f"{type(error).__name__}: {error}"[:500]
             self.surveys[number] = seen
@@ -279,6 +336,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _expected(spec: Any, batches: int) -> int:
+    """About how many rows of so many batches are shown; 0 where that is not known."""
+    sizes = [leaf.shape[0] for leaf in tf.nest.flatten(spec) if getattr(getattr(leaf, "shape", None), "rank", None)]
+    if batches <= FEW or not sizes or sizes[0] is None:
+        return 0
+    return sizes[0] * (survey.FIRST + (batches - survey.FIRST) // survey.THINNED)
+
+
+def _all_finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """[] whether there is no NaN and no infinity in them; a sum that overflows says False too, which costs a look."""
+    finite = tf.constant(True)
+    for tensor in tensors:
+        if tensor.dtype.is_floating:
+            wide = tensor if tensor.dtype.size >= 4 else tf.cast(tensor, tf.float32)
+            finite = tf.logical_and(finite, tf.math.is_finite(tf.reduce_sum(wide)))
+    return finite
+
+
 def _after(operation: tf.Operation | None = None) -> tf.Tensor:
     with tf.control_dependencies([] if operation is None else [operation]):
         return tf.constant(0, tf.uint8)
@@ -298,100 +373,3 @@ def leaves_of(batch: Any) -> tuple[list[Leaf], list[int]]:
                 leaves.append(Leaf(role, "/".join(map(str, path))))
                 indices.append(index)
     return leaves, indices
-
-
-# ------------------------------------------------------------------------------------------------- the pipeline's graph
-
-
-def inputs_of(dataset: tf.data.Dataset) -> list[tf.data.Dataset] | None:
-    """The datasets that a dataset is made from; None where TensorFlow does not tell.
-
-    `_inputs` is private; the public `DatasetToGraphV2` would copy the data that lies in the graph.
-    """
-    inputs = getattr(dataset, "_inputs", None)
-    try:
-        return [d for d in inputs() if isinstance(d, tf.data.Dataset)] if callable(inputs) else None
-    except Exception:
-        return None
-
-
-def pipeline(dataset: tf.data.Dataset) -> dict[str, Any]:
-    """How a `tf.data` pipeline orders its elements, as far as its graph tells.
-
-    Returns:
-      `stages`: names and arguments, from the source to the end, the longest branch.
-      `shuffles`: for each shuffle its `buffer`, the `cardinality` of what it shuffles (None: unknown or infinite),
-        whether it comes `before_batch` (None: nothing is batched here), before a `cache`, or after a `repeat`.
-      `complete`: False where TensorFlow does not tell what lies before; what happens inside `interleave` and `flat_map`
-        is not looked at.
-    """
-    found: dict[str, Any] = {"stages": [], "shuffles": [], "complete": True}
-    stages = _walk(dataset, (), found, depth=0)
-    found["stages"] = stages
-    return found
-
-
-def _walk(dataset, later: tuple[str, ...], found: dict[str, Any], depth: int) -> list[dict[str, Any]]:
-    inputs = inputs_of(dataset)
-    if inputs is None or depth > 200:
-        found["complete"] = False
-        inputs = []
-    name = type(dataset).__name__.strip("_").removesuffix("Dataset").removesuffix("V2") or "Dataset"
-    stage: dict[str, Any] = {"name": name}
-    for attribute in _MOST_ARGUMENTS:
-        value = _plain(getattr(dataset, attribute, None))
-        if value is not None:
-            stage[attribute.strip("_")] = value
-    before = [_walk(d, (name, *later), found, depth + 1) for d in inputs]
-    stages = max(before, key=len, default=[])
-    if name == "Shuffle":
-        earlier = {s["name"] for s in stages}
-        batched = any("Batch" in n for n in (*earlier, *later))
-        found["shuffles"].append(
-            {
-                "buffer": stage.get("buffer_size"),
-                "cardinality": _cardinality(inputs[0]) if inputs else None,
-                "before_batch": not any("Batch" in n for n in earlier) if batched else None,
-                "before_cache": any(n.startswith("Cache") for n in later),
-                "after_repeat": any(n.startswith("Repeat") for n in earlier),
-                "reshuffles": _plain(getattr(dataset, "_reshuffle_each_iteration", None)),
-            }
-        )
-    return [*stages, stage]
-
-
-def _plain(value: Any) -> int | bool | None:
-    if isinstance(value, tf.Tensor):
-        try:
-            value = tf.get_static_value(value)
-        except Exception:
-            return None
-    if isinstance(value, (np.ndarray, np.generic)) and np.ndim(value) == 0:
-        value = value.item()
-    return value if isinstance(value, (int, bool)) else None
-
-
-def _cardinality(dataset: tf.data.Dataset) -> int | None:
-    size = int(dataset.cardinality())
-    return size if size >= 0 else None
-
-
-def _graph(data: Any) -> dict[str, Any] | None:
-    if not isinstance(data, tf.data.Dataset):
-        return None
-    try:
-        return pipeline(data)
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:500]}
-
-
-def _kind(data: Any) -> str:
-    """What the data comes from: "arrays", "dataset", or the name of a type."""
-    if data is None:
-        return "none"
-    if isinstance(data, tf.data.Dataset):
-        return "dataset"
-    leaves = keras.tree.flatten(data) if isinstance(data, (Mapping, list, tuple)) else [data]
-    if leaves and all(hasattr(leaf, "shape") for leaf in leaves):
-        return "arrays"
-    return type(data).__name__

@@ -10,7 +10,8 @@ import keras
 import tensorflow as tf
 
 from trainrt import doors, position
-from trainrt.audit import Watched, pipeline
+from trainrt.audit import Watched
+from trainrt.pipeline import pipeline
 from trainrt.resident import BATCH_BYTES, TOTAL_BYTES, Resident
 
 
@@ -52,9 +53,10 @@ class Batches:
         self._watched = watched or Watched("unknown", None, enabled=False)
         self._steps_per_epoch = steps_per_epoch
         self._adapter = doors.data_adapter(steps_per_epoch=steps_per_epoch, **data)
-        self._source: Any = self._resident() or doors.distributed(model, self._adapter.get_tf_dataset())
-        self._size = self._adapter.num_batches
         self._keeps_position = keeps_position
+        self._shown: Any = None  # arrays that Keras's pipeline reads in an order that it tells
+        self._source: Any = self._resident() or self._in_order() or self._dataset()
+        self._size = self._adapter.num_batches
         self._iterator: Any = None
         self._spent: Any = None  # the iterator that has come to its end: it knows how the next epoch is shuffled
         self._seen = 0
@@ -79,6 +81,22 @@ class Batches:
             return None
         arrays = doors.dense_arrays(self._adapter, TOTAL_BYTES, BATCH_BYTES)
         return Resident(*arrays) if arrays else None
+
+    def _dataset(self) -> Any:
+        return doors.distributed(self._model, self._adapter.get_tf_dataset())
+
+    def _in_order(self) -> Any:
+        """Keras's pipeline over arrays, where it can be watched by the order of its rows instead of batch by batch."""
+        if self._keeps_position or not self._watched.enabled or doors.made_under_strategy(self._model):
+            return None
+        arrays = doors.host_arrays(self._adapter)
+        if arrays is None or tf.distribute.has_strategy():
+            return None
+        dataset = doors.dataset_telling_order(self._adapter, self._watched.in_order)
+        if dataset is None:
+            return None
+        self._shown = arrays
+        return doors.distributed(self._model, dataset)
 
     @property
     def arrays(self) -> tuple[Any, int] | None:
@@ -115,6 +133,7 @@ class Batches:
             bounds = [b for b in (limit and limit - self._begun, self._size and self._size - self._seen) if b]
             ran, ended = yield Execution(self._begun, -(-min(bounds) // per) if bounds else None, self._iterator)
             self._seen += ran * per
+            self._watched.passed(self._seen)
             self._begun += ran * per
             self._note(ran * per)
             if ended:
@@ -140,7 +159,12 @@ class Batches:
         if isinstance(self._source, Resident):
             self._iterator = self._source.epoch()
             if used:
-                self._watched.arrays(self._iterator.arrays, self._iterator.order, self._iterator.batch_size)
+                epoch = self._iterator
+                self._watched.arrays(epoch.arrays, epoch.element_spec, epoch.order, epoch.batch_size)
+        elif self._shown is not None:
+            if used:
+                self._watched.arrays(self._shown[0], self._source.element_spec, None, self._shown[1])
+            self._iterator = iter(self._source)
         else:
             watched = used and not self._keeps_position
             self._iterator = iter(self._watched.watch(self._source) if watched else self._source)

@@ -9,6 +9,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `TensorFlowTrainer` | is it a model that `fit` can train; is its `make_train_function` its own; where `fit` is taken over in a script | a public trainer protocol |
 | `data_adapters.get_data_adapter` | x, y, sample_weight to the dataset that `Model.fit` reads | a public `keras.utils` function for it |
 | `ArrayDataAdapter` and four of its attributes, `array_slicing.convert_to_sliceable` | arrays that the loop reads itself; without them, Keras's dataset | nothing, it only saves time |
+| that `ArrayDataAdapter.get_tf_dataset` maps the order of an epoch's rows first | the data passport of arrays costs no call of Python for each batch | nothing, it only saves time |
 | `TFDatasetAdapter` | can a checkpoint go back into the source | nothing |
 | `global_state`, `GLOBAL_SEED_GENERATOR` | the state of `keras.random` without a seed, in a checkpoint | a public `keras.random` function |
 | `array_slicing.train_validation_split` | `validation_split` | the same |
@@ -107,6 +108,50 @@ def dense_arrays(adapter, most_bytes: int, batch_bytes: int) -> tuple[Any, int, 
             return None
         arrays = keras.tree.map_structure(lambda a: None if a is None else tf.convert_to_tensor(a), arrays)
     return arrays, samples, batch_size, bool(adapter._shuffle)
+
+
+def host_arrays(adapter) -> tuple[Any, int] | None:
+    """(arrays, batch size) of an adapter of dense arrays on the host, as they were given; None for anything else.
+
+    A memory map is something else: whoever looks at all of it reads a file.
+    """
+    if type(adapter) is not array_data_adapter.ArrayDataAdapter or adapter._shuffle == "batch":
+        return None
+    leaves = [a for a in tf.nest.flatten(keras.tree.lists_to_tuples(adapter._inputs)) if a is not None]
+    on_host = [
+        (type(a) is np.ndarray and a.dtype.kind in "fiub")
+        or (isinstance(a, tf.Tensor) and hasattr(a, "numpy") and "CPU" in a.device)
+        for a in leaves
+    ]
+    return (keras.tree.lists_to_tuples(adapter._inputs), adapter._batch_size) if leaves and all(on_host) else None
+
+
+def dataset_telling_order(adapter, tell: Callable[[np.ndarray], None]) -> tf.data.Dataset | None:
+    """Keras's dataset over arrays, which tells the order of the rows, [rows] int64, when somebody begins to read it.
+
+    Its elements are those of `get_tf_dataset`. None where Keras does not make the order first.
+    """
+    mapped = tf.data.Dataset.map
+    telling = []
+
+    def told(order):
+        tf.numpy_function(tell, [order], [])
+        return order
+
+    def mapping(dataset, *arguments, **keywords):
+        result = mapped(dataset, *arguments, **keywords)
+        spec = result.element_spec
+        if telling or not isinstance(spec, tf.TensorSpec) or spec.dtype != tf.int64 or spec.shape.rank != 1:
+            return result
+        telling.append(spec)
+        return mapped(result, tf.autograph.experimental.do_not_convert(told))
+
+    tf.data.Dataset.map = mapping
+    try:
+        dataset = adapter.get_tf_dataset()
+    finally:
+        tf.data.Dataset.map = mapped
+    return dataset if telling and telling[0].shape[0] == adapter._num_samples else None
 
 
 def is_over_arrays(adapter) -> bool:

@@ -98,8 +98,7 @@ def _ratio(x: np.ndarray, codes: np.ndarray) -> np.ndarray:
     """[features] variance between the classes' means over all of it; 0 where a feature never changes."""
     count = np.bincount(codes)
     known = count > 0
-    sums = np.zeros((len(count), x.shape[1]))
-    np.add.at(sums, codes, x)
+    sums = (codes == np.arange(len(count))[:, None]).astype(np.float64) @ x
     means = sums[known] / count[known][:, None]
     between = (count[known][:, None] * np.square(means - x.mean(0))).sum(0)
     within = np.square(x - x.mean(0)).sum(0)

@@ -242,8 +242,9 @@ def _shuffles(split: Mapping) -> str:
 
 
 def _overlap(good: Run, bad: Run) -> Iterator[Difference]:
-    shares = _numbers(_mapping(run.data.get("overlap")).get("share") for run in (good, bad))
-    if not shares or abs(shares[1] - shares[0]) <= 0.01:
+    told = [_mapping(run.data.get("overlap")) for run in (good, bad)]
+    shares = _numbers(each.get("share") for each in told)
+    if not shares or abs(shares[1] - shares[0]) <= max(0.01, *map(_luck, told)):
         return
     leaks = "BAD" if shares[1] > shares[0] else "GOOD"
     yield Difference(
@@ -259,3 +260,11 @@ def _overlap(good: Run, bad: Run) -> Iterator[Difference]:
         ("Split before anything is shuffled, repeated or augmented, by group where rows belong together.",),
         evidence={"share": {"good": shares[0], "bad": shares[1]}},
     )
+
+
+def _luck(overlap: Mapping) -> float:
+    """Three standard errors of the share, where not all training rows were looked at; else it is exact."""
+    shown, rows, share = overlap.get("shown", 1.0), overlap.get("sampled_rows") or 1, overlap.get("share") or 0.0
+    if not isinstance(shown, (int, float)) or not 0 < shown < 1:
+        return 0.0
+    return 3 * math.sqrt(max(share * (1 - share * shown), 0.0) / (rows * shown))

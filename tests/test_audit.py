@@ -1,0 +1,106 @@
+"""The data passport tells what was trained on, whatever way it came, and changes nothing of the training."""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import trainrt
+from trainrt import audit, batches, survey
+
+ROWS, BATCH = 479, 2  # 240 batches: more than are all looked at
+
+
+def data():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(ROWS, 4)).astype("float32"), rng.integers(0, 3, ROWS)
+
+
+def trained(*arguments, epochs=1, **keywords):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    history = trainrt.fit(model, *arguments, epochs=epochs, verbose=0, **keywords)
+    return history, [np.asarray(w) for w in model.get_weights()]
+
+
+@pytest.fixture
+def piped(monkeypatch):
+    """Arrays go through Keras's pipeline, as those of large batches do."""
+    monkeypatch.setattr(batches, "TOTAL_BYTES", 0)
+
+
+def told_of_arrays(**keywords):
+    return trained(*data(), batch_size=BATCH, **keywords)
+
+
+def test_arrays_in_keras_pipeline_are_told_of_like_arrays_that_stay_on_the_device(monkeypatch):
+    keywords = {"epochs": 3, "validation_data": data()}
+    (resident, weights), calls = told_of_arrays(**keywords), []
+    monkeypatch.setattr(batches, "TOTAL_BYTES", 0)
+    monkeypatch.setattr(survey.Survey, "see", lambda self, *a, **k: calls.append(len(a)))
+    history, others = told_of_arrays(validation_data=None, epochs=3)
+    a, b = resident.run.data["train"], history.run.data["train"]
+    assert not calls, "Python was called for a batch"
+    for key in ("source", "batches", "rows", "batch_size", "seen", "duplicates", "order", "passes", "inputs"):
+        assert a[key] == b[key], key
+    assert a["targets"][0]["labels"]["counts"] == b["targets"][0]["labels"]["counts"]
+    for left, right in zip(weights, others, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_the_order_is_told_without_another_order_being_drawn(piped):
+    history, weights = told_of_arrays(epochs=4)
+    unwatched, others = told_of_arrays(epochs=4, observe=False)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    stock = model.fit(*data(), batch_size=BATCH, epochs=4, verbose=0)
+    assert history.history == unwatched.history == stock.history
+    for left, right, third in zip(weights, others, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(left, right)
+        np.testing.assert_array_equal(left, third)
+    assert history.run.data["train"]["passes"] == [0, 1, 3]
+    assert history.run.data["train"]["order"]["batches"] == -(-ROWS // BATCH)
+
+
+def test_rows_that_are_not_shuffled_are_in_the_same_order_each_pass(piped):
+    told = told_of_arrays(epochs=2, shuffle=False)[0].run.data["train"]
+    assert told["order"]["inputs_repeat"]
+    assert told["shuffle"] is False
+
+
+def test_arrays_of_float64_are_told_of_as_they_are_fed(piped):
+    x, y = data()
+    told = trained(x.astype("float64"), y, batch_size=BATCH)[0].run.data["train"]["inputs"][0]
+    assert (told["dtype"], told["max"]) == ("float32", float(x.max()))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_of_a_long_pipeline_some_batches_are_looked_at_and_all_are_counted(known):
+    x, y = data()
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+    assert ROWS // BATCH > audit.FEW
+    if not known:
+        dataset = dataset.filter(lambda *_: True)
+    with contextlib.nullcontext() if known else pytest.warns(UserWarning, match="ran out of data"):
+        told = trained(dataset, shuffle=False)[0].run.data["train"]
+    shown = [n for n in range(-(-ROWS // BATCH)) if survey.scheduled(n)]
+    kept = np.concatenate([x[n * BATCH : (n + 1) * BATCH] for n in shown])
+    assert told["batches"] == -(-ROWS // BATCH)
+    assert told["rows"] == ROWS if known else abs(told["rows"] - ROWS) < BATCH
+    assert told["seen"]["rows"] == len(kept)
+    assert (told["inputs"][0]["min"], told["inputs"][0]["max"]) == (kept.min(), kept.max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_nan_in_a_batch_that_is_not_looked_at_is_found(dtype):
+    x, y = data()
+    number = next(n for n in range(survey.FIRST, 200) if not survey.scheduled(n))
+    x[number * BATCH, 1] = np.nan
+    dataset = tf.data.Dataset.from_tensor_slices((x.astype(dtype), y)).batch(BATCH)
+    history, _ = trained(dataset, shuffle=False)
+    assert history.run.data["train"]["inputs"][0]["nan_share"] == pytest.approx(1 / x.size, rel=0.01)
+    assert "nan_in_data" in [cause for finding in history.findings for cause in finding.causes]
