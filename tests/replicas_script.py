@@ -2,8 +2,8 @@
 
     python replicas_script.py DEVICES CASE...
 
-Under TF_CONFIG the strategy is a MultiWorkerMirroredStrategy, else a MirroredStrategy over so many logical CPUs; 1 is
-no strategy at all. Prints one line of JSON for each case: {"case": ..., ...}.
+Under TF_CONFIG or Slurm the strategy is a MultiWorkerMirroredStrategy, else a MirroredStrategy over so many logical
+CPUs; 1 is no strategy at all. Prints one line of JSON for each case: {"case": ..., ...}.
 """
 
 import json
@@ -36,6 +36,11 @@ OPTIMIZERS = {
 def strategy(devices: int) -> tf.distribute.Strategy:
     if "TF_CONFIG" in os.environ:
         return tf.distribute.MultiWorkerMirroredStrategy()
+    if "SLURM_PROCID" in os.environ:
+        resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
+            port_base=int(os.environ["PORT"]), gpus_per_node=2, gpus_per_task=1, auto_set_gpu=False
+        )
+        return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
     if devices == 1:
         return tf.distribute.get_strategy()
     host = tf.config.list_physical_devices("CPU")[0]
@@ -62,8 +67,8 @@ def classifier(scope, optimizer, *layers, **compiled):
 
 def trained(model, **arguments) -> dict:
     x, y = data()
-    given = {"batch_size": 24, "epochs": 3, "verbose": 0, "validation_data": (x[:48], y[:48])}
-    history = trainrt.fit(model, x, y, **{**given, **arguments})
+    given = {"x": x, "y": y, "batch_size": 24, "epochs": 3, "verbose": 0, "validation_data": (x[:48], y[:48])}
+    history = trainrt.fit(model, **{**given, **arguments})
     run = history.run
     return {
         "weights": np.concatenate([np.ravel(w) for w in model.get_weights()]).tolist(),
@@ -134,6 +139,31 @@ def listening(scope):
     return {"batches": len(seen), "steps": [int(s) for s in history.run.steps[:, 0]], "last": float(seen[-1])}
 
 
+def uneven(scope, samples, *layers):
+    """The last batch of an epoch is a small one; every batch has a listener."""
+    x, y = data(int(samples))
+    heard = []
+    listener = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: heard.append(dict(logs)))
+    made = {"norm": lambda: keras.layers.BatchNormalization(name="norm")}
+    model = classifier(scope, "adam", *(made[name] for name in layers), weighted_metrics=["accuracy"])
+    outcome = trained(
+        model,
+        x=x,
+        y=y,
+        sample_weight=np.linspace(0.5, 1.5, len(x)),
+        shuffle=False,
+        clip=0.5,
+        validation_data=(x[:53], y[:53]),
+        callbacks=[listener],
+    )
+    copies = [v for w in model.weights for v in getattr(w.value, "values", [w.value])]
+    return outcome | {"logs": heard, "finite": all(np.isfinite(v.numpy()).all() for v in copies)}
+
+
+def uneven_own_step(scope, samples):
+    return custom(scope, int(samples))
+
+
 class Custom(keras.Model):
     def __init__(self):
         super().__init__()
@@ -150,12 +180,12 @@ class Custom(keras.Model):
         return {"loss": loss}
 
 
-def custom(scope):
+def custom(scope, samples=240):
     keras.utils.set_random_seed(1)
     with scope.scope():
         model = Custom()
         model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True), steps_per_execution=4)
-    x, y = data()
+    x, y = data(samples)
     run = trainrt.fit(model, x, y, batch_size=24, verbose=0, clip=0.5, shuffle=False).run
     weights = np.concatenate([np.ravel(w) for w in model.get_weights()]).tolist()
     return {"weights": weights, "gradient_norm": run.scalar("gradient_norm").tolist()}
@@ -186,6 +216,72 @@ class Dies(keras.callbacks.Callback):
         last = int(os.environ.get("TF_CONFIG", "{}") == "{}" or json.loads(os.environ["TF_CONFIG"])["task"]["index"])
         if os.environ.get("TRAINRT_RESTART") == "0" and last and self.model.optimizer.iterations == 17:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def guarded(scope, on_nonfinite, on_spike, eager="", every="1"):
+    """Two batches of ten are bad, on one replica alone; the same without them, on a model of its own."""
+    x, y = data()
+    bad = x.copy()
+    bad[[2 * 24 + 1, 7 * 24 + 23]] = np.nan
+    keep = np.repeat([batch not in (2, 7) for batch in range(10)], 24)
+    told = {}
+    for name, rows in (("bad", (bad, y)), ("healthy", (x[keep], y[keep]))):
+        layers = (lambda: keras.layers.BatchNormalization(name="norm"), lambda: keras.layers.Dropout(0.3))
+        model = classifier(scope, "adam", *layers, run_eagerly=bool(eager))
+        history = trainrt.fit(
+            model,
+            *rows,
+            batch_size=24,
+            epochs=2,
+            shuffle=False,
+            verbose=0,
+            clip=1.0,
+            on_nonfinite=on_nonfinite,
+            on_spike=on_spike if on_spike != "None" else None,
+            observe=int(every) or False,
+        )
+        told[name] = {
+            "weights": [float(v) for w in [*model.variables, *model.optimizer.variables] for v in np.ravel(w)],
+            "history": history.history,
+            "iterations": int(model.optimizer.iterations),
+            "poison": history.run.document("poison"),
+            "replicas": history.run.document("replicas"),
+        }
+    return told
+
+
+def spiked(scope, own_step=""):
+    """One batch of 100 has targets far off."""
+    x = np.random.default_rng(0).normal(size=(100 * 24, 16)).astype(np.float32)
+    y = x[:, :4].copy()
+    y[80 * 24 : 80 * 24 + 3] = 1e4
+    keras.utils.set_random_seed(1)
+    with scope.scope():
+        model = Custom() if own_step else keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
+        model.compile("sgd", "mse")
+    history = trainrt.fit(model, x, y, batch_size=24, shuffle=False, verbose=0, on_spike="skip")
+    return {"poison": history.run.document("poison"), "weights": [float(v) for w in model.weights for v in np.ravel(w)]}
+
+
+class Asked(keras.callbacks.Callback):
+    """Another process asks worker 1 alone to end, in the first attempt: at a batch, or in a validation."""
+
+    def __init__(self, number, hook):
+        super().__init__()
+        self.number, self.left = number, {"on_train_batch_end": 14, "on_test_batch_end": 4}[hook]
+        setattr(self, hook, self.called)
+
+    def called(self, batch, logs=None):
+        self.left -= 1
+        if not self.left and json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 1:
+            os.kill(os.getpid(), self.number)
+
+
+def asked(scope, directory, number="0", hook="on_train_batch_end"):
+    model = classifier(scope, "adam", lambda: keras.layers.Dropout(0.3))
+    callbacks = [Asked(int(number), hook)] if int(number) else []
+    place = {} if directory == "none" else {"checkpoint": f"{directory}/checkpoints", "logdir": f"{directory}/logs"}
+    return trained(model, callbacks=callbacks, **place)
 
 
 def resuming(scope, directory, dies=""):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import replicas_script as script
 
-from trainrt import Run
+from trainrt import Run, launch
+from trainrt.checkpoint import Store
 
 SCRIPT = Path(script.__file__)
 EQUAL = 1e-5
@@ -43,6 +45,9 @@ def _answers(output: str, prefix: str = "") -> dict[str, dict]:
 
 
 QUICK = ("equal:accumulating:0.3", "custom")
+UNEVEN = ("uneven:247", "uneven:241", "uneven_own_step:247")
+"""Samples in batches of 24: the last one has 7, or 1."""
+GUARDED = ("guarded:skip:skip", "guarded:stop:None", "spiked", "spiked:own")
 EVERY = tuple(
     f"equal:{optimizer}:{clip}"
     for optimizer in script.OPTIMIZERS
@@ -53,12 +58,12 @@ EVERY = tuple(
 
 @pytest.fixture(scope="module")
 def alone():
-    return _run(1, *QUICK)
+    return _run(1, *QUICK, *UNEVEN)
 
 
 @pytest.fixture(scope="module")
 def two():
-    return _run(2, *QUICK, "masks", "drift", "listening")
+    return _run(2, *QUICK, *UNEVEN[1:], "masks", "drift", "listening", *GUARDED[:2])
 
 
 def _same_training(ours: dict, theirs: dict) -> None:
@@ -69,6 +74,48 @@ def _same_training(ours: dict, theirs: dict) -> None:
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4)
     for name, values in theirs.get("history", {}).items():
         np.testing.assert_allclose(ours["history"][name], values, rtol=1e-4)
+
+
+def _same_batches(ours: dict, theirs: dict) -> None:
+    """What callbacks were told after each batch."""
+    assert len(ours["logs"]) == len(theirs["logs"]) == 33
+    for mine, its in zip(ours["logs"], theirs["logs"], strict=True):
+        assert mine.keys() == its.keys()
+        np.testing.assert_allclose(list(mine.values()), list(its.values()), rtol=1e-4)
+
+
+def _taken_back(case: dict, epochs: int = 2) -> None:
+    """The bad batches left no trace on any replica."""
+    bad, healthy = case["bad"], case["healthy"]
+    assert bad["weights"] == healthy["weights"]
+    assert bad["history"] == healthy["history"]
+    assert bad["replicas"]["drift"] is None
+    told = [(t["epoch"], t["batch"], t["why"]) for t in bad["poison"]["taken_back"]]
+    assert told == [(e, b, "nonfinite") for e in range(epochs) for b in (2, 7)]
+
+
+def _stopped(case: dict) -> None:
+    """At the first bad batch, before its update."""
+    assert case["bad"]["iterations"] == 2
+    assert case["bad"]["poison"]["ended"]
+    assert [t["step"] for t in case["bad"]["poison"]["taken_back"]] == [2]
+    assert np.isfinite(case["bad"]["weights"]).all()
+
+
+def _skipped(case: dict) -> None:
+    assert [(t["batch"], t["why"]) for t in case["poison"]["taken_back"]] == [(80, "loss")]
+
+
+@pytest.mark.parametrize("case", UNEVEN[1:])
+def test_a_last_batch_that_does_not_divide_counts_as_on_one_device(alone, two, case):
+    _same_training(two[case], alone[case])
+    if "logs" in alone[case]:
+        _same_batches(two[case], alone[case])
+
+
+def test_a_poisoned_step_is_taken_back_on_every_replica(two):
+    _taken_back(two[GUARDED[0]])
+    _stopped(two[GUARDED[1]])
 
 
 @pytest.mark.parametrize("case", QUICK)
@@ -172,6 +219,97 @@ def test_among_workers_masks_differ_and_a_drift_is_named():
         assert finding["evidence"]["replicas"] == [1]
         assert "worker 1" in finding["message"]
         assert each["listening"]["batches"] == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_among_workers_a_poisoned_step_is_taken_back_and_uneven_batches_count_as_on_one_device(alone, count):
+    for each in _workers(count, *GUARDED, *UNEVEN, "uneven:241:norm"):
+        _taken_back(each[GUARDED[0]])
+        _stopped(each[GUARDED[1]])
+        for case in GUARDED[2:]:
+            _skipped(each[case])
+        for case in UNEVEN:
+            _same_training(each[case], alone[case])
+            if "logs" in alone[case]:
+                _same_batches(each[case], alone[case])
+        assert each["uneven:241:norm"]["finite"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_replicas_run_guards_of_every_kind_and_uneven_batches(alone, devices):
+    more = ("guarded:skip:None:eager", "guarded:skip:None::0", "guarded:skip:None::3")
+    ours = _run(devices, *GUARDED, *UNEVEN, *more, "uneven:241:norm")
+    for case in (GUARDED[0], *more):
+        _taken_back(ours[case])
+    _stopped(ours[GUARDED[1]])
+    for case in GUARDED[2:]:
+        _skipped(ours[case])
+    for case in UNEVEN:
+        _same_training(ours[case], alone[case])
+    assert ours["uneven:241:norm"]["finite"], "the mean of an empty share is in the statistics of a replica"
+
+
+def _chief_and_worker() -> list[dict[str, str]]:
+    """As Kubeflow and others set TF_CONFIG: the first is a chief."""
+    chief, worker = launch.cluster(2)
+    tasks = ({"type": "chief", "index": 0}, {"type": "worker", "index": 0})
+    cluster = {"chief": [chief], "worker": [worker]}
+    return [{"TF_CONFIG": json.dumps({"cluster": cluster, "task": task})} for task in tasks]
+
+
+def _under_slurm() -> list[dict[str, str]]:
+    """What `srun -n 2 --ntasks-per-node=2` sets on one node."""
+    port = min(int(address.rpartition(":")[2]) for address in launch.cluster(1))
+    node = {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    return [{**node, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(i), "PORT": str(port)} for i in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environments", [_chief_and_worker, _under_slurm])
+def test_workers_that_others_start_find_each_other(alone, environments, tmp_path):
+    common = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    common.pop("TF_CONFIG", None)
+    command = [sys.executable, str(SCRIPT), "1", f"{QUICK[0]}:{tmp_path}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, env={**common, **each}, **pipes) for each in environments()]
+    written = []
+    for process in started:
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-4000:]
+        (answer,) = _answers(output).values()
+        _same_training(answer, alone[QUICK[0]])
+        written.append(answer["path"] is not None)
+    assert written == [True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "hook", "step"),
+    [
+        (signal.SIGTERM, "on_train_batch_end", 14),
+        (signal.SIGTERM, "on_test_batch_end", 20),
+        (signal.SIGINT, "on_train_batch_end", 14),
+    ],
+)
+def test_a_signal_to_one_worker_ends_all_at_the_same_step_and_they_go_on_from_there(tmp_path, number, hook, step):
+    options = ["launch", "-n", "2", str(SCRIPT), "1", f"asked:{tmp_path}:{int(number)}:{hook}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "trainrt", *options], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert done.returncode == 128 + number, done.stderr[-4000:]
+    for worker in (0, 1):
+        kept = Store(tmp_path / "checkpoints" / f"worker-{worker}", 3).newest()
+        assert kept.meta["step"] == step
+    assert Run.open(tmp_path / "logs").end["detail"] == number.name
+    assert Run.open(tmp_path / "logs").steps[-1, 1] == step - 1
+    resumed, whole = _workers(2, f"asked:{tmp_path}"), _workers(2, "asked:none")[0]["asked:none"]
+    for each in resumed:
+        (outcome,) = each.values()
+        assert outcome["weights"] == whole["weights"]
+        assert outcome["history"] == whole["history"]
 
 
 @pytest.mark.slow

@@ -96,6 +96,70 @@ def test_a_skipped_batch_leaves_no_trace(made, keywords):
     assert [(t["epoch"], t["batch"], t["why"]) for t in told] == [(e, b, "nonfinite") for e in (0, 1) for b in (2, 7)]
 
 
+COMBINED = {
+    "xla": {"jit_compile": True},
+    "eager": {"run_eagerly": True},
+    "executions": {"steps_per_execution": 4},
+    "bfloat16": {"dtype": "mixed_bfloat16"},
+    "float16": {"dtype": "mixed_float16"},
+    "xla bfloat16": {"dtype": "mixed_bfloat16", "jit_compile": True},
+    "xla float16": {"dtype": "mixed_float16", "jit_compile": True, "steps_per_execution": 3},
+    "eager float16": {"dtype": "mixed_float16", "run_eagerly": True},
+    "eager executions": {"run_eagerly": True, "steps_per_execution": 4},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fitted", [{}, {"trace": (1, 6)}, {"observe": 3}, {"observe": False}], ids=str)
+@pytest.mark.parametrize("made", COMBINED.values(), ids=COMBINED)
+def test_however_a_step_runs_it_is_taken_back_and_stop_stops_at_it(made, fitted, tmp_path):
+    """Compiled by XLA or not at all, in other precisions, many in an execution, one a call under the profiler."""
+    bad, healthy = poisoned([3, 8])
+    place = {"logdir": tmp_path} if "trace" in fitted else {}
+    skipping, without, stopping, short = (make(**made) for _ in range(4))
+    skipped = fit(skipping, bad, on_nonfinite="skip", **fitted, **place)
+    whole = fit(without, healthy, on_nonfinite="skip")
+    assert bits(skipping) == bits(without)
+    assert skipped.history == whole.history
+    told = skipped.run.document("poison")["taken_back"]
+    assert [(t["epoch"], t["batch"]) for t in told] == [(e, b) for e in (0, 1) for b in (3, 8)]
+    stopped = fit(stopping, bad, on_nonfinite="stop", **fitted, **place)
+    rows = [each[: 3 * BATCH] for each in healthy]
+    trainrt.fit(short, *rows, batch_size=BATCH, shuffle=False, verbose=0, on_nonfinite="stop")
+    assert bits(stopping) == bits(short)
+    assert [t["step"] for t in stopped.run.document("poison")["taken_back"]] == [3]
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["graph", "eager"])
+@pytest.mark.parametrize("optimizer", ["ftrl", "adam"])
+def test_a_first_step_that_makes_all_variables_is_taken_back_too(optimizer, eager):
+    bad, healthy = poisoned([0])
+
+    def trained(rows):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.layers.Dense(6), keras.layers.Dropout(0.4), keras.layers.Dense(1)])
+        model.compile(optimizer, "mse", metrics=["mae"], run_eagerly=eager)
+        history = fit(model, rows, on_nonfinite="skip").history
+        return bits(model), history
+
+    assert trained(bad) == trained(healthy)
+
+
+@pytest.mark.parametrize("made", [{}, *({"run_eagerly": True, "steps_per_execution": n} for n in (1, 4))], ids=str)
+def test_a_spike_stops_at_its_step(made):
+    x = np.random.default_rng(0).normal(size=(90 * BATCH, 4)).astype("float32")
+    y = x[:, :1].copy()
+    y[80 * BATCH : 81 * BATCH] = 1e4
+    stopping, short = make(optimizer="sgd", **made), make(optimizer="sgd")
+    keywords = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
+    history = trainrt.fit(stopping, x, y, on_spike="stop", **keywords)
+    trainrt.fit(short, x[: 80 * BATCH], y[: 80 * BATCH], **keywords)
+    assert history.run.document("poison")["taken_back"] == [{"step": 80, "epoch": 0, "batch": 80, "why": "loss"}]
+    assert int(stopping.optimizer.iterations) == 80
+    if not made:
+        assert bits(stopping) == bits(short)
+
+
 def test_nothing_changes_where_nothing_is_taken_back():
     guarded, free = make(), make()
     history = fit(guarded, rows(), on_nonfinite="skip", on_spike="skip")
@@ -183,12 +247,28 @@ def test_a_model_whose_gradients_nobody_sees_is_refused():
         fit(make(Hidden), rows(), on_nonfinite="skip")
 
 
-def test_what_spiked_before_a_death_is_known_after_it(tmp_path):
-    """The guard's own history is a part of the state that is saved."""
-    bad = poisoned([2, 7])[0]
-    fit(make(), bad, on_nonfinite="skip", on_spike="skip", checkpoint=tmp_path / "a")
-    model, whole = make(), make()
-    keywords = {"batch_size": BATCH, "epochs": 4, "shuffle": False, "verbose": 0, "on_nonfinite": "skip"}
-    trainrt.fit(model, *bad, on_spike="skip", checkpoint=tmp_path / "a", **keywords)
-    trainrt.fit(whole, *bad, on_spike="skip", **keywords)
-    assert bits(model) == bits(whole)
+@pytest.mark.parametrize("eager", [False, True], ids=["graph", "eager"])
+def test_what_spiked_before_a_death_is_known_after_it(tmp_path, eager):
+    """The guard's own history is a part of the state that is saved, and so is what was told of it."""
+    x = np.random.default_rng(0).normal(size=(50 * BATCH, 4)).astype("float32")
+    y = x[:, :1].copy()
+    x[7 * BATCH] = np.nan
+    y[30 * BATCH : 31 * BATCH] = 1e4  # a spike in the second epoch alone: the first has shown too few steps
+    place = {"checkpoint": tmp_path / "c", "logdir": tmp_path / "l"}
+
+    def trained(epochs, **keywords):
+        model = make(optimizer="sgd", run_eagerly=eager)
+        keywords = {"batch_size": BATCH, "shuffle": False, "verbose": 0, **keywords}
+        return model, trainrt.fit(model, x, y, epochs=epochs, on_nonfinite="skip", on_spike="skip", **keywords)
+
+    trained(1, **place)
+    resumed, history = trained(2, **place)
+    whole, never_died = trained(2)
+    assert bits(resumed) == bits(whole)
+    told = history.run.document("poison")
+    assert told == never_died.run.document("poison")
+    assert [(t["epoch"], t["batch"], t["why"]) for t in told["taken_back"]] == [
+        (0, 7, "nonfinite"),
+        (1, 7, "nonfinite"),
+        (1, 30, "loss"),
+    ]

@@ -176,11 +176,6 @@ def check_trace(trace: tuple[int, int] | str | None, total_steps: int | None) ->
 
 
 def _guardable(model: keras.Model) -> None:
-    if replicas.several(model.distribute_strategy):
-        raise NotImplementedError(
-            "`on_nonfinite` and `on_spike` are not built yet for several replicas. Leave them out; "
-            "keras.callbacks.TerminateOnNaN() ends the training at the first NaN loss."
-        )
     if doors.makes_own_train_function(model):
         raise ValueError(
             "`on_nonfinite` and `on_spike` stand around the model's train_step. Received: a model with a train "

@@ -104,6 +104,11 @@ class Batches:
         source = self._source
         return (source.arrays, source.samples) if isinstance(source, Resident) else None
 
+    @property
+    def uneven(self) -> bool:
+        """Whether several replicas may be given shares of a batch that are not alike."""
+        return doors.partial_batches(self._adapter, self._model.distribute_strategy.num_replicas_in_sync)
+
     def reset(self) -> None:
         self._iterator = None
         self._size = self._adapter.num_batches

@@ -29,6 +29,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `tensor._keras_history` | which layer makes an output | a public name for it |
 | `context._rng` of TensorFlow | a pass draws none of the op seeds that are drawn after it | a public name for it |
 | `optimizer._distribution_strategy`, `LossScaleOptimizer._common_apply`, `Strategy.extended._use_merge_call` | updates one replica as if it were alone, with `tf.cond` and gradient accumulation | an `apply` that takes reduced gradients, as Keras 2 had |
+| `losses.loss.scale_loss_for_distribution`, `unscale_loss_for_distribution` | a replica's loss counts by its share of the batch | a public question to the strategy |
 | `SeedGenerator.next` | other dropout masks on each replica | a seed of each replica's own in Keras |
 | `optimizer._get_current_learning_rate` | an experiment with another rate, whatever it comes from | a setter that takes a schedule back |
 | `optimizer._use_weight_decay`, `_apply_weight_decay` | which weights decay, and whether as in Keras | a public question |
@@ -56,6 +57,7 @@ if keras.backend.backend() != "tensorflow":
 import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.backend.tensorflow import trainer as tf_trainer
+from keras.src.losses import loss as loss_module
 from keras.src.random import seed_generator
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters import array_data_adapter, array_slicing, data_adapter_utils
@@ -550,6 +552,35 @@ def distinct_seeds() -> Iterator[None]:
         yield
     finally:
         keras.random.SeedGenerator.next = draw
+
+
+@contextlib.contextmanager
+def loss_shares(share: Callable[[], tf.Tensor | None]) -> Iterator[None]:
+    """While the context lasts, a replica's loss counts by `share()`, [] float32; None: all alike, as in Keras.
+
+    Keras divides the mean over a replica's samples by the number of replicas, where its reduction is a mean.
+    """
+    scale, unscale = loss_module.scale_loss_for_distribution, loss_module.unscale_loss_for_distribution
+
+    def scaled(value):
+        factor = share()
+        return scale(value) if factor is None else value * tf.cast(factor, value.dtype)
+
+    def unscaled(value):
+        factor = share()
+        return unscale(value) if factor is None else tf.math.divide_no_nan(value, tf.cast(factor, value.dtype))
+
+    with (
+        replaced(loss_module, "scale_loss_for_distribution", scaled),
+        replaced(loss_module, "unscale_loss_for_distribution", unscaled),
+    ):
+        yield
+
+
+def partial_batches(adapter, replicas: int) -> bool:
+    """Whether replicas may be given shares of a batch that are not alike: of arrays that is known."""
+    over_arrays = is_over_arrays(adapter)
+    return not over_arrays or bool(adapter.has_partial_batch) or adapter.batch_size % replicas != 0
 
 
 @contextlib.contextmanager

@@ -151,18 +151,24 @@ class Lockstep:
                     "worker. Every worker is given the whole of the data, and the same arguments."
                 )
 
-    def settle(self, calls: int) -> None:
+    def settle(self, calls: int, came: int | None) -> int | None:
         """Agrees with the other workers, after a call, on what comes next.
 
         Args:
           calls: How many executions this worker would run in the next call; the least of all is `self.calls`.
+          came: The signal that asked this worker to end, if one did.
+
+        Returns:
+          The signal that all end by now; None: they go on.
         """
         self._due = time.monotonic() >= self._next
-        if self.seat.workers > 1:
-            rows = self.exchange([bool(self._model.stop_training), calls, self._due])
-            self._model.stop_training = bool(rows[:, 0].any())
-            self.calls = int(rows[:, 1].min())
-            self._due = bool(rows[0, 2])
+        if self.seat.workers == 1:
+            return came
+        rows = self.exchange([bool(self._model.stop_training), calls, self._due, came or 0])
+        self._model.stop_training = bool(rows[:, 0].any())
+        self.calls = int(rows[:, 1].min())
+        self._due = bool(rows[0, 2])
+        return int(rows[:, 3].max()) or None
 
     def compare(self, step: int, at_once: bool = False) -> bool:
         """Compares all replicas after a step, where that is due; returns whether something new is to be told."""
@@ -201,7 +207,7 @@ class Lockstep:
             "comparisons": self._checks,
             "identical_until": self._identical_until,
             "drift": self._drift,
-            "batch_statistics": [layer.path for layer in _own_statistics(self._model)],
+            "batch_statistics": [layer.path for layer in replicas.own_statistics(self._model)],
         }
 
     def exchange(self, numbers: Sequence[int]) -> np.ndarray:
@@ -238,7 +244,9 @@ class Lockstep:
         Not so are the sums of metrics, and the moving averages of a BatchNormalization that is not synchronised: in
         Keras 3 each replica keeps its own, from its own shares of the batches.
         """
-        own = {id(doors.raw(v)) for layer in _own_statistics(self._model) for v in layer.non_trainable_variables}
+        own = {
+            id(doors.raw(v)) for layer in replicas.own_statistics(self._model) for v in layer.non_trainable_variables
+        }
         optimizers = doors.optimizers(self._model)
         found: dict[int, Any] = {}
         for variable in (*self._model.variables, *(v for o in optimizers for v in o.variables)):
@@ -260,12 +268,3 @@ def _odd_ones_out(digests: np.ndarray) -> dict[int, np.ndarray]:
         usual = values[max(range(len(values)), key=lambda i: (counts[i], -first[i]))]
         odd[int(v)] = np.flatnonzero(digests[:, v] != usual)
     return odd
-
-
-def _own_statistics(model: keras.Model) -> list[keras.Layer]:
-    """Layers that normalise by the statistics of their replica's share of the batch."""
-    return [
-        layer
-        for layer in doors.layers_of(model)
-        if isinstance(layer, keras.layers.BatchNormalization) and not layer.synchronized
-    ]

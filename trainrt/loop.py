@@ -182,7 +182,8 @@ def fit(
             found, model, request.experiment_s, bool(verbose), clip=request.clip, **shown
         )
     saving = keeper or contextlib.nullcontext()
-    with training.journal, training.measuring(), training.tracing, saving, training.signals:
+    signals = training.signals
+    with signals, training.journal, training.measuring(), training.tracing, saving, signals.answered():
         model.stop_training = False
         model.make_train_function()
         with clock.of("callbacks"):

@@ -11,6 +11,8 @@ purpose, and the loss scale's own skip answers that; there the loss alone counts
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -89,14 +91,29 @@ class Guard:
             variable.assign(tf.zeros_like(variable))
         self._told = 0
 
-    def step(self, observer: Observer, data: Any) -> Any:
-        """Runs `train_step`, and takes it back if need be; returns its logs.
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """Its own: what spiked and what was taken back so far. A checkpoint keeps them."""
+        return [self.number, self.halted, self._count, self._in_a_row, self._kept, self._history, self._samples]
+
+    def go_on(self) -> None:
+        """Goes on from variables that were put back: what was taken back before is told already."""
+        self._told = int(self._count)
+
+    def step(self, observer: Observer, train: Callable[[], Any], results: Callable[[], Any]) -> Any:
+        """Runs a step, and takes it back if need be; returns its logs.
+
+        Args:
+          observer: Sees what the step does; of all replicas, where there are several: they decide as one.
+          train: Runs `train_step`; returns its logs.
+          results: Returns what the metrics say, after a step of Keras's own was taken back.
 
         Raises:
           ValueError: Nobody sees the gradients of this model.
         """
-        before = [(variable, tf.identity(variable)) for variable in self._variables()]
-        logs = self._model.train_step(data)
+        before = [(variable, _value(variable)) for variable in self._variables()]
+        with _made_meanwhile(before):
+            logs = train()
         if observer.hides():
             raise ValueError(
                 f"`on_nonfinite` and `on_spike` look at the gradients. Received: a model where {observer.unseen}. "
@@ -112,7 +129,7 @@ class Guard:
         self._remember(taken, nonfinite, spikes)
         observer.taken_back = taken
         if doors.has_keras_train_step(self._model):
-            logs = self._model.get_metrics_result()
+            logs = results()
         return logs
 
     def mask(self, observer: Observer, vector: tf.Tensor) -> tf.Tensor:
@@ -137,7 +154,7 @@ class Guard:
         return [Taken(int(step), ("nonfinite", *SPIKES)[int(why)]) for step, why in rows]
 
     def _variables(self) -> list[tf.Variable]:
-        """All that a step may change, as far as it is there by now."""
+        """All that a step may change, as far as it is there by now: of replicas, the copy of each in this process."""
         generator = doors.global_seed_generator()
         owned = [
             *self._model.variables,
@@ -145,7 +162,8 @@ class Guard:
             *(v for optimizer in self._optimizers for v in optimizer.variables),
             *([] if generator is None else [generator.state]),
         ]
-        return list({id(doors.raw(v)): doors.raw(v) for v in owned}.values())
+        found = {id(doors.raw(v)): doors.raw(v) for v in owned}.values()
+        return [copy for variable in found for copy in getattr(variable, "values", (variable,))]
 
     def _nonfinite(self, observer: Observer, loss: tf.Tensor | None) -> tf.Tensor:
         bad = [] if loss is None else [tf.logical_not(tf.math.is_finite(loss))]
@@ -195,6 +213,31 @@ class Guard:
         stops = tf.where(nonfinite, self._on_nonfinite == "stop", self._on_spike == "stop")
         ends = tf.logical_and(taken, tf.logical_or(stops, self._in_a_row > CONSECUTIVE))
         self.halted.assign(tf.logical_or(self.halted, ends))
+
+
+@contextlib.contextmanager
+def _made_meanwhile(before: list[tuple[tf.Variable, tf.Tensor]]) -> Iterator[None]:
+    """Adds variables that are made while the context lasts, with their first values: those of the first eager step.
+
+    TensorFlow traces a step that makes variables once more, and then they are there.
+    """
+    if not tf.executing_eagerly():
+        yield
+        return
+
+    def creator(make, **keywords):
+        variable = make(**keywords)
+        before.extend((copy, _value(copy)) for copy in getattr(variable, "values", (variable,)))
+        return variable
+
+    with tf.variable_creator_scope(creator):
+        yield
+
+
+def _value(variable: tf.Variable) -> tf.Tensor:
+    """The value as it is now, on the device of the variable."""
+    with tf.device(variable.device):
+        return tf.identity(variable)
 
 
 def _variable(name: str, value: Any) -> tf.Variable:

@@ -5,17 +5,22 @@ as the bound allows (Keras 3.15). Here the reduction stands before everything el
 whole batch: the gradient that is recorded is the global one, and what follows happens on every replica alike. Each runs
 the whole of `optimizer.apply` on its own copy of the weights, so that gradient accumulation and loss scaling, which
 branch, work as on one device.
+
+A batch that does not divide evenly leaves shares of several sizes, some of them empty. Keras counts each replica alike,
+so that a sample of a small share weighs more; here each counts by its samples, as in the mean over the whole batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from trainrt import doors
+from trainrt.poison import Guard
 from trainrt.update import Observer, scaled
 
 MIRRORED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
@@ -62,22 +67,56 @@ class Replicas(Observer):
     """An `Observer` of all replicas at once: what it saw is what they did together.
 
     It stands at `apply` around `strategy.run`, where the replicas meet.
+
+    Args:
+      *args: As of an `Observer`.
+      uneven: Whether the shares of a batch may be of several sizes; to add them up takes a collective more.
     """
 
-    def __init__(self, *args):
+    def __init__(self, *args, uneven: bool = True):
         super().__init__(*args)
+        self._uneven = uneven
         self._of_replica: dict[Any, dict[str, tf.Tensor]] = {}
+        self._counts: dict[int, tf.Tensor] = {}
+        self._strategy: tf.distribute.Strategy = tf.distribute.get_strategy()
 
-    def run(self, model: keras.Model, batch) -> tuple[Any, tf.Tensor]:
-        """One step on a distributed batch -> (logs, means over the replicas of this worker; vector).
+    def run(self, model: keras.Model, batch, guard: Guard | None = None) -> Any:
+        """One step on a distributed batch; returns its logs, the means over the replicas of this worker.
 
-        Called in a graph, or eagerly; in a cross-replica context.
+        Called in a graph, or eagerly; in a cross-replica context. `guard` takes the step back on all replicas alike.
         """
-        strategy = model.distribute_strategy
-        with self.watch(model), doors.distinct_seeds():
-            outputs = strategy.run(model.train_step, args=(batch,))
-        logs = keras.tree.map_structure(lambda value: _local_mean(strategy, value), outputs)
-        return logs, self.pack(logs) if self._measuring else None
+        self._strategy = strategy = model.distribute_strategy
+
+        def everywhere(function, *arguments):
+            outputs = strategy.run(function, args=arguments)
+            return keras.tree.map_structure(lambda value: _local_mean(strategy, value), outputs)
+
+        shares: dict[int, tf.Tensor] = {}
+
+        def train(batch):
+            count = _samples(batch) if self._uneven else None
+            if count is None:
+                return model.train_step(batch)
+            total = tf.distribute.get_replica_context().all_reduce("SUM", count)
+            shares[number()] = count / total
+            self._counts[number()] = count
+            with _unless_empty(model, count):
+                return model.train_step(batch)
+
+        def share():
+            return shares.get(number()) if tf.distribute.get_replica_context() is not None else None
+
+        with self.watch(model), doors.distinct_seeds(), doors.loss_shares(share):
+            if guard is None:
+                return everywhere(train, batch)
+            return guard.step(self, lambda: everywhere(train, batch), lambda: everywhere(model.get_metrics_result))
+
+    def loss(self, logs: Any) -> tf.Tensor | None:
+        """The loss of the step, the same for every worker."""
+        loss = super().loss(logs)
+        of_worker = loss is not None and self._losses.get("loss") is None
+        several = isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy)
+        return mean_of_workers(self._strategy, loss) if of_worker and several else loss
 
     def _saw_losses(self, losses: dict[str, tf.Tensor]) -> None:
         self._of_replica[number()] = losses
@@ -89,7 +128,9 @@ class Replicas(Observer):
                 return apply(grads, trainable_variables)
             variables = None if trainable_variables is None else list(trainable_variables)
             losses = self._of_replica.pop(number(), {})
-            summed = _sum(context, [*grads, *losses.values()])
+            summands = [*grads, *losses.values()]
+            count = self._counts.get(number())
+            summed = _sum(context, summands if count is None else _none_of_nothing(count, summands))
             gradients, totals = summed[: len(grads)], summed[len(grads) :]
 
             def together(strategy, totals, *gradients):
@@ -123,6 +164,24 @@ class Replicas(Observer):
         strategy.extended.update(anchor, local, args=tuple(gradients), group=False)
 
 
+def results(model: keras.Model, logs: Any) -> Any:
+    """What all replicas of all workers have seen, in the place of the logs of this worker's."""
+    if doors.has_keras_train_step(model):
+        return model.get_metrics_result()
+    strategy = model.distribute_strategy
+    several = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    return mean_of_workers(strategy, logs) if several else logs
+
+
+def own_statistics(model: keras.Model) -> list[keras.Layer]:
+    """Layers that normalise by the statistics of their replica's share of the batch."""
+    return [
+        layer
+        for layer in doors.layers_of(model)
+        if isinstance(layer, keras.layers.BatchNormalization) and not layer.synchronized
+    ]
+
+
 def mean_of_workers(strategy: tf.distribute.Strategy, logs: Any) -> Any:
     """The mean over all workers of what each has, a structure of tensors; what is no float stays as it is."""
     leaves = [value for value in keras.tree.flatten(logs) if value.dtype.is_floating]
@@ -154,6 +213,39 @@ def _sum(context, values: Sequence) -> list:
     for places in groups.values():
         for i, total in zip(places, context.all_reduce("SUM", [values[i] for i in places]), strict=True):
             result[i] = total
+    return result
+
+
+def _samples(batch) -> tf.Tensor | None:
+    """[] float32: samples in a replica's share of a batch; None: all shares have as many."""
+    leaf = next((leaf for leaf in keras.tree.flatten(batch) if isinstance(leaf, tf.Tensor)), None)
+    if leaf is None or leaf.shape.rank in (None, 0) or leaf.shape[0] is not None:
+        return None
+    return tf.cast(tf.shape(leaf)[0], tf.float32)
+
+
+@contextlib.contextmanager
+def _unless_empty(model: keras.Model, count: tf.Tensor) -> Iterator[None]:
+    """Keeps the moving averages of a replica without a sample: the mean of nothing is NaN."""
+    kept = [doors.raw(v) for layer in own_statistics(model) for v in layer.non_trainable_variables]
+    before = [tf.identity(variable) for variable in kept]
+    yield
+    for variable, value in zip(kept, before, strict=True):
+        variable.assign(tf.where(count > 0, variable, value))
+
+
+def _none_of_nothing(count: tf.Tensor, summands: Sequence) -> list:
+    """Zeros for what a replica without a sample adds: layers that divide by their batch make NaN of it."""
+    places = [i for i, value in enumerate(summands) if value is not None]
+    sparse = {i: summands[i] for i in places if isinstance(summands[i], tf.IndexedSlices)}
+    given = [tf.convert_to_tensor(sparse[i].values if i in sparse else summands[i]) for i in places]
+    chosen = tf.cond(
+        count > 0, lambda: [tf.identity(v) for v in given], lambda: [tf.zeros(tf.shape(v), v.dtype) for v in given]
+    )
+    result = list(summands)
+    for i, value in zip(places, chosen, strict=True):
+        value.set_shape((sparse[i].values if i in sparse else summands[i]).shape)
+        result[i] = tf.IndexedSlices(value, sparse[i].indices, sparse[i].dense_shape) if i in sparse else value
     return result
 
 

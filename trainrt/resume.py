@@ -132,6 +132,11 @@ class Keeper(contextlib.AbstractContextManager):
             meta["epoch"] if meta["within"] else meta["epoch"] + 1, meta["within"], meta["logs"], meta["stopped"]
         )
 
+    @property
+    def poison(self) -> list[dict[str, Any]]:
+        """What was told of the steps that were taken back before."""
+        return [] if self.saved is None else list(self.saved.meta.get("poison", ()))
+
     def restore(self, callbacks: keras.callbacks.CallbackList) -> Any:
         """Puts everything back, when the step has been traced and the callbacks have begun.
 
@@ -262,6 +267,7 @@ class Keeper(contextlib.AbstractContextManager):
         logs: Any,
         last: Any,
         stopped: bool,
+        poison: Sequence[Mapping[str, Any]],
         journal: Journal,
     ) -> None:
         """Copies everything to the host; a thread writes it.
@@ -273,6 +279,7 @@ class Keeper(contextlib.AbstractContextManager):
           logs: Of the last epoch that was finished.
           last: What the last step logged.
           stopped: Whether `model.stop_training` ended the training.
+          poison: What was told of the steps that were taken back.
           journal: Of the run: what it was told has to be on disk before the checkpoint is.
         """
         assert self._callbacks is not None
@@ -289,6 +296,7 @@ class Keeper(contextlib.AbstractContextManager):
             "logs": None if logs is None else _floats(logs),
             "last": _floats(last),
             "stopped": stopped,
+            "poison": [dict(told) for told in poison],
             "run": None if journal.path is None else journal.path.name,
             "variables": variables,
             "data": self._batches.position(self.settings.source),

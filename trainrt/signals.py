@@ -2,6 +2,10 @@
 
 SIGTERM is how a cluster, a container or a shutdown asks; SIGINT is Ctrl-C. The first of either is answered between two
 steps. A second SIGINT ends the process at once, by the signal itself, even inside a call of TensorFlow.
+
+What a scheduler sends before it takes a machine away is a SIGTERM: Kubernetes, Slurm (`sbatch --signal=TERM@60`), cloud
+machines that shut down. Several workers agree on one, whoever of them it came to (`lockstep.py`): none can end alone,
+as the others would wait for it.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 DEFAULTS = {signal.SIGTERM: (signal.SIG_DFL,), signal.SIGINT: (signal.SIG_DFL, signal.default_int_handler)}
@@ -31,13 +36,18 @@ class Signals(contextlib.AbstractContextManager):
 
     Args:
       enabled: Whether to catch any.
+      together: Whether there are other workers that have to end at the same step.
 
     Attributes:
       came: The signal that came, as long as it has not been answered.
-      waits: Whether somebody will soon ask for `came`; otherwise a signal is answered where it comes.
+      waits: Whether somebody will soon ask for it; otherwise a signal is answered where it comes, if nobody else has
+        to end with this process.
+      agreed: With `together`: the signal that all workers know of, which alone is answered.
     """
 
-    def __init__(self, enabled: bool):
+    def __init__(self, enabled: bool, together: bool = False):
+        self._together = together
+        self.agreed: int | None = None
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._before: dict[signal.Signals, object] = {}
         self.came: signal.Signals | None = None
@@ -55,6 +65,7 @@ class Signals(contextlib.AbstractContextManager):
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
         if kind is None:
+            self.agreed = self.agreed or self.came
             self.answer()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -66,6 +77,19 @@ class Signals(contextlib.AbstractContextManager):
         again = " Ctrl-C again ends it at once." if number == signal.SIGINT else ""
         print(f"\ntrainrt: {self.came.name} came; the step is finished and saved first.{again}", file=sys.stderr)
 
+    @contextlib.contextmanager
+    def answered(self) -> Iterator[None]:
+        """Signals are answered while the context lasts; later ones wait until all is saved and closed."""
+        try:
+            yield
+        finally:
+            self.waits = True
+
+    @property
+    def asked(self) -> int | None:
+        """The signal to end by, if there is one."""
+        return self.agreed if self._together else self.came
+
     def answer(self) -> None:
         """Ends the training if a signal came.
 
@@ -73,8 +97,11 @@ class Signals(contextlib.AbstractContextManager):
           KeyboardInterrupt: SIGINT came.
           Terminated: SIGTERM came.
         """
-        came, self.came = self.came, None
-        if came == signal.SIGINT:
+        asked = self.asked
+        if asked is None:
+            return
+        self.came = self.agreed = None
+        self.waits = True
+        if asked == signal.SIGINT:
             raise KeyboardInterrupt("SIGINT")
-        if came is not None:
-            raise Terminated
+        raise Terminated

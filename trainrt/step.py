@@ -67,6 +67,7 @@ class Step:
       sum_duplicates: Whether the rows of sparse gradients are added up before the optimizer sees them.
       guard: Takes poisoned steps back, or None.
       distance: Whether to measure how far each weight is from where it started.
+      uneven: Whether replicas may be given shares of a batch that are not alike.
 
     Attributes:
       digest_names: (stage, name) of each digest, once the step is traced.
@@ -85,8 +86,10 @@ class Step:
         sum_duplicates: bool = False,
         guard: Guard | None = None,
         distance: bool = False,
+        uneven: bool = True,
     ):
         self._model = model
+        self._uneven = uneven
         self._sum_duplicates = sum_duplicates
         self._clip = clip
         self.guard = guard
@@ -129,11 +132,11 @@ class Step:
             )
             collector = Collector(model, self._optimizers, self._stages) if digesting else None
             with observer.watch(model), collector.watch(data) if collector else contextlib.nullcontext():
-                logs = self.guard.step(observer, data) if self.guard else model.train_step(data)
-            vector = observer.pack(logs) if measuring else None
-            if self.guard and vector is not None:
-                vector = self.guard.mask(observer, vector)
-            vector = self._noted(observer, vector)
+                if self.guard:
+                    logs = self.guard.step(observer, lambda: model.train_step(data), model.get_metrics_result)
+                else:
+                    logs = model.train_step(data)
+            vector = self._noted(observer, logs, measuring)
             if collector:
                 digests = collector.row()
                 self.digest_names = collector.names
@@ -148,19 +151,25 @@ class Step:
 
         @tf.autograph.experimental.do_not_convert
         def one_step_together(data):
-            observer = replicas.Replicas(self._optimizers, self._clip, measuring, self._kernels, False, self._each)
-            logs, vector = observer.run(model, data)
-            return logs, self._noted(observer, vector)
+            watching = measuring or self.guard is not None
+            observer = replicas.Replicas(
+                self._optimizers, self._clip, watching, self._kernels, False, self._each, uneven=self._uneven
+            )
+            logs = observer.run(model, data, self.guard)
+            return logs, self._noted(observer, logs, measuring)
 
         if self._several:
             return one_step_together if model.run_eagerly else _function(one_step_together)
         return one_step if model.run_eagerly else _function(one_step, jit_compile=model.jit_compile)
 
-    def _noted(self, observer: Observer, vector: tf.Tensor | None) -> tf.Tensor:
-        """Keeps what the trace of a step tells; returns the step's vector, zeros for None."""
+    def _noted(self, observer: Observer, logs: Any, measuring: bool) -> tf.Tensor:
+        """Keeps what the trace of a step tells; returns the step's vector, zeros where nothing is measured."""
         self.paths = observer.paths
-        if vector is None:
+        if not measuring:
             return tf.zeros([self._width], tf.float64)
+        vector = observer.pack(logs)
+        if self.guard:
+            vector = self.guard.mask(observer, vector)
         self.unseen = observer.unseen
         self.roster = None if self.unseen else observer.roster()
         self._width = vector.shape[0]
@@ -188,8 +197,10 @@ class Step:
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """Every variable that the traced step reads or writes, generators of random numbers among them."""
-        return list({id(v): v for function in self._traced for v in function.variables}.values())
+        """Every variable that the traced step reads or writes, random generators and the guard's own among them."""
+        traced = [v for function in self._traced for v in function.variables]
+        own = self.guard.variables if self.guard else []  # nothing is traced under `run_eagerly`
+        return list({id(v): v for v in (*traced, *own)}.values())
 
     @property
     def operations(self) -> set[str]:
@@ -308,8 +319,8 @@ class Step:
             return more, ready, logs, row
 
         ran, logs, rows, clock = self._loop(iterator.element_spec, one, first, steps, clocked)
-        if self._several and isinstance(self._strategy, tf.distribute.MultiWorkerMirroredStrategy):
-            logs = replicas.mean_of_workers(self._strategy, logs)
+        if self._several:
+            logs = replicas.results(self._model, logs)
         return ran, logs, rows, clock
 
     @tf.autograph.experimental.do_not_convert
@@ -417,6 +428,8 @@ class Step:
             logs = last
             rows.append(row)
             clocks.append(clock)
+            if self.guard and self.guard.halted:
+                break
         if not rows:
             return Outcome(0, None, None)
         stamps = [np.concatenate(each) for each in zip(*clocks, strict=True)] if clocks[0] is not None else None
@@ -455,6 +468,8 @@ class Step:
             clock.append((ready, time.time()))
             if self.guard and self.guard.halted:
                 break
+        if vectors and self._several:
+            logs = replicas.results(self._model, logs)
         if not vectors or not (self.every or self._digest_every):
             return Outcome(len(vectors), logs, None)
         stamps = [np.array(each) for each in zip(*clock, strict=True)]

@@ -87,7 +87,8 @@ class Training:
         if self._lockstep is not None:
             self._lockstep.check(steps=batches.num_batches, epochs=given["epochs"], every=request.every)
         writes = self._lockstep is None or self._lockstep.seat.worker == 0
-        self.signals = Signals(keeper is not None or request.logdir is not None)
+        together = self._lockstep is not None and self._lockstep.seat.workers > 1
+        self.signals = Signals(keeper is not None or request.logdir is not None, together)
         resumed = None
         if keeper is not None and (begun := keeper.start()) is not None:
             resumed = Resumed(keeper.run, keeper.step, begun.stopped or begun.epoch >= epochs)
@@ -155,6 +156,9 @@ class Training:
                     self._callbacks.on_epoch_begin(start.epoch)
                 self._logs = keeper.restore(self._callbacks)
                 self.step, self._epoch_logs = keeper.step, start.logs
+                self._poison = keeper.poison
+                if self._step is not None and self._step.guard is not None:
+                    self._step.guard.go_on()
                 self._begun_with = self._weights()
                 return start._replace(epoch=self._epochs) if start.stopped else start
         return Start(doors.initial_epoch(model, initial_epoch), False, None, False)
@@ -177,8 +181,8 @@ class Training:
 
     def _between(self) -> None:
         """Two steps meet: saves if it is due, or if a signal came, and ends then."""
-        keeper, came = self._keeper, self.signals.came
-        if keeper is not None and (keeper.due(self.step) or (came and keeper.unsaved(self.step))):
+        keeper, asked = self._keeper, self.signals.asked
+        if keeper is not None and (keeper.due(self.step) or (asked and keeper.unsaved(self.step))):
             with self.timing.of("writing"):
                 self._save(within=True)
         self.signals.answer()
@@ -192,6 +196,7 @@ class Training:
             logs=self._epoch_logs,
             last=self._logs,
             stopped=bool(self._model.stop_training),
+            poison=self._poison,
             journal=self.journal,
         )
 
@@ -243,7 +248,10 @@ class Training:
             return
         if together.compare(self.step - 1, at_once):
             self._tell_of_replicas(together)
-        together.settle(self._wanted())
+        self._settle(together)
+
+    def _settle(self, together: Lockstep) -> None:
+        self.signals.agreed = together.settle(self._wanted(), self.signals.came)
 
     def _tell_of_replicas(self, together: Lockstep) -> None:
         content = together.content()
@@ -252,7 +260,7 @@ class Training:
     def ends(self) -> bool:
         """Whether `stop_training` is set, by a callback of any worker."""
         if self._lockstep is not None:
-            self._lockstep.settle(self._wanted())
+            self._settle(self._lockstep)
         return bool(self._model.stop_training)
 
     def finished(self) -> None:
@@ -355,18 +363,18 @@ class Training:
         function = self._model.train_function
         wanted = self._request
         key = (wanted.clip, wanted.every, wanted.digests, wanted.sum_duplicates)
-        distance = wanted.distance
+        more = wanted.distance, self._lockstep is not None and self._batches.uneven
         asked = (wanted.on_nonfinite, wanted.on_spike)
         guarded = asked != arguments.UNGUARDED
         made = getattr(function, "_trainrt", None)
-        anew = made is None or made[0] != (key, asked, distance)
+        anew = made is None or made[0] != (key, asked, more)
         if anew:
             if type(self._model.optimizer) in fused.RULES:
                 doors.build_optimizer(self._model)
             if self._given["verbose"] and native.status().pending:
                 print("trainrt: building its native kernels for this machine, once; about 10 s.", flush=True)
-            step = Step(self._model, *key, Guard(self._model, *asked) if guarded else None, distance)
-            function._trainrt = ((key, asked, distance), step)
+            step = Step(self._model, *key, Guard(self._model, *asked) if guarded else None, *more)
+            function._trainrt = ((key, asked, more), step)
         step = function._trainrt[1]
         if step.guard:
             step.guard.reset()
