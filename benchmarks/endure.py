@@ -4,6 +4,8 @@ python -m benchmarks.endure --kills 100          # kill -9 at random moments, re
 python -m benchmarks.endure --kills 20 --source dataset --seed 3 --into parts.jsonl    # in parts that add up
 python -m benchmarks.endure --overhead           # a checkpoint after each epoch, against none, in turn
 python -m benchmarks.endure --leak 100000        # resident memory and file descriptors over so many steps
+python -m benchmarks.endure --fuzz 2000          # damaged records and checkpoints: what is read of them
+python -m benchmarks.endure --large              # a thousand variables, a gigabyte of weights
 python -m benchmarks.endure                      # a small share of each
 """
 
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +215,153 @@ def leak(steps: int) -> None:
     )
 
 
+def fuzz(count: int, rng: random.Random) -> None:
+    """Reads files that were cut, overwritten, spliced and filled with noise: what is read is right, or refused."""
+    import warnings
+
+    import numpy as np
+
+    from trainrt.checkpoint import Store
+    from trainrt.run import Run
+
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        _record(place / "run")
+        (file,) = (place / "run").glob("*.trainrt")
+        told = dict.fromkeys(("whole", "in part, and said so", "refused", "wrong", "crashed"), 0)
+        for data in _damaged(file.read_bytes(), count, rng):
+            file.write_bytes(data)
+            try:
+                run = Run.open(place / "run")
+                steps = run.steps[:, 0]
+                right = len(np.unique(steps)) == len(steps) and bool((run.scalar("loss") == steps).all())
+                whole = len(steps) == 180 and not run.problems
+                kind = "wrong" if not right else "whole" if whole else "in part, and said so"
+                if kind == "in part, and said so" and not run.problems and run.state == "finished":
+                    kind = "wrong"
+            except (ValueError, OSError, KeyError):
+                kind = "refused"
+            except Exception as error:
+                print(repr(error))
+                kind = "crashed"
+            told[kind] += 1
+        print(f"{count} damaged records: " + ", ".join(f"{n} {kind}" for kind, n in told.items()))
+
+        store = Store(place / "checkpoints", keep=3)
+        for number in (1, 2):
+            store.save({"number": number, "step": number, "values": np.full(5000, number, np.float32)})
+            store.wait()
+        told = dict.fromkeys(("the newest", "the one before, and said so", "wrong"), 0)
+        files = sorted((place / "checkpoints").glob("trainrt-2.*"))
+        share = max(1, count // 10)
+        for file in files:
+            kept = file.read_bytes()
+            for data in _damaged(kept, share, rng):
+                file.write_bytes(data)
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    saved = Store(place / "checkpoints", keep=3).newest()
+                number = 0 if saved is None else saved.meta["number"]
+                right = saved is not None and bool((saved.meta["values"] == number).all()) and number == 2 - bool(said)
+                told["wrong" if not right else tuple(told)[2 - number]] += 1
+            file.write_bytes(kept)
+        print(
+            f"{share * len(files)} damaged checkpoints, read: " + ", ".join(f"{n} {kind}" for kind, n in told.items())
+        )
+
+
+def _record(directory: Path) -> None:
+    """180 steps whose loss is their number."""
+    import numpy as np
+
+    from trainrt.sinks.tensorboard import TensorBoard
+    from trainrt.synthetic import build
+
+    sink = TensorBoard(directory)
+    for first in range(0, 180, 3):
+        losses = np.arange(first, first + 3, dtype=float)
+        norms = dict.fromkeys(("step_s", "gradient_norm", "clipped_gradient_norm"), 1.0)
+        roster, record = build(3, 4, 100, "float32", ("momentum",), norms, {"loss": losses})
+        record.steps[:] += first
+        if not first:
+            sink.open(roster, {"pid": os.getpid()})
+        sink.write(record)
+    sink.close([], {"how": "finished", "detail": "", "step": 179})
+
+
+def _damaged(data: bytes, count: int, rng: random.Random) -> Iterator[bytes]:
+    for _ in range(count):
+        new, kind = bytearray(data), rng.randrange(6)
+        a, b = sorted(rng.randrange(len(data)) for _ in range(2))
+        if kind == 0:
+            del new[a:]
+        elif kind == 1:
+            for _ in range(rng.choice((1, 8, 64))):
+                new[rng.randrange(len(new))] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            new[a:b] = rng.randbytes(b - a)
+        elif kind == 3:
+            del new[a:b]
+        elif kind == 4:
+            new[a:a] = data[a:b]
+        else:
+            new[a:b] = bytes(b - a)
+        yield bytes(new)
+
+
+def large() -> None:
+    """A model of a thousand variables and one of a gigabyte: what trainrt adds to the time and the memory of a run."""
+    for make in (_deep, _wide):
+        for how in ("bare", "observed", "observed, with checkpoints"):
+            command = [
+                sys.executable,
+                "-c",
+                f"from benchmarks import endure; endure._one(endure.{make.__name__}, {how!r})",
+            ]
+            subprocess.run(command, check=True, cwd=ROOT)
+
+
+def _deep(keras):
+    inputs = outputs = keras.Input([8])
+    for _ in range(500):
+        outputs = keras.layers.Add()([outputs, keras.layers.Dense(8, "tanh")(outputs)])
+    return keras.Model(inputs, outputs), 8
+
+
+def _wide(keras):
+    return keras.Sequential([keras.Input([16384]), keras.layers.Dense(16384, use_bias=False)]), 16384
+
+
+def _one(make, how: str) -> None:
+    import resource
+
+    import keras
+    import numpy as np
+
+    import trainrt
+
+    model, width = make(keras)
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).normal(size=(24, width)).astype("float32")
+    with tempfile.TemporaryDirectory() as directory:
+        keywords: dict[str, Any] = {"verbose": 0, "epochs": 2}
+        if how != "bare":
+            keywords["logdir"] = f"{directory}/logs"
+        if "checkpoints" in how:
+            keywords["checkpoint"] = trainrt.Checkpoint(f"{directory}/checkpoints", keep=1)
+        fit = keras.Model.fit if how == "bare" else trainrt.fit
+        begun = time.perf_counter()
+        fit(model, x, x, 8, **keywords)
+        took = time.perf_counter() - begun
+        size = sum(file.stat().st_size for file in Path(directory).glob("logs/**/*") if file.is_file())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(
+        f"{len(model.weights):,} variables, {4 * model.count_params() / 1e6:,.0f} MB, {how}: {took:.1f} s for 6 steps "
+        f"with their trace, {peak:.2f} GB at most, a record of {size / 1e3:.0f} kB",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=0)
@@ -221,9 +370,11 @@ def main() -> None:
     parser.add_argument("--into", help="a file that this part of the kills is added to; all parts are summed up")
     parser.add_argument("--overhead", action="store_true")
     parser.add_argument("--leak", type=int, default=0)
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--fuzz", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    small = not (given.kills or given.overhead or given.leak)
+    small = not (given.kills or given.overhead or given.leak or given.large or given.fuzz)
     if given.kills or small:
         with tempfile.TemporaryDirectory() as directory:
             until = time.monotonic() + given.seconds
@@ -236,6 +387,10 @@ def main() -> None:
         print(told_of_kills(parts))
     if given.overhead or small:
         overhead(3 if small else 7)
+    if given.fuzz or small:
+        fuzz(given.fuzz or 200, random.Random(given.seed))
+    if given.large:
+        large()
     if given.leak or small:
         leak(given.leak or 20_000)
 

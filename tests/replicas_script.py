@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
@@ -218,6 +219,10 @@ class Dies(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _values(*variables) -> list[float]:
+    return [float(v) for variable in variables for v in np.ravel(keras.ops.convert_to_numpy(variable))]
+
+
 def guarded(scope, on_nonfinite, on_spike, eager="", every="1"):
     """Two batches of ten are bad, on one replica alone; the same without them, on a model of its own."""
     x, y = data()
@@ -241,9 +246,9 @@ def guarded(scope, on_nonfinite, on_spike, eager="", every="1"):
             observe=int(every) or False,
         )
         told[name] = {
-            "weights": [float(v) for w in [*model.variables, *model.optimizer.variables] for v in np.ravel(w)],
+            "weights": _values(*model.variables, *model.optimizer.variables),
             "history": history.history,
-            "iterations": int(model.optimizer.iterations),
+            "iterations": int(_values(model.optimizer.iterations)[0]),
             "poison": history.run.document("poison"),
             "replicas": history.run.document("replicas"),
         }
@@ -260,7 +265,30 @@ def spiked(scope, own_step=""):
         model = Custom() if own_step else keras.Sequential([keras.Input((16,)), keras.layers.Dense(4)])
         model.compile("sgd", "mse")
     history = trainrt.fit(model, x, y, batch_size=24, shuffle=False, verbose=0, on_spike="skip")
-    return {"poison": history.run.document("poison"), "weights": [float(v) for w in model.weights for v in np.ravel(w)]}
+    return {"poison": history.run.document("poison"), "weights": _values(*model.weights)}
+
+
+def slow(scope, how):
+    """Worker 1 is slow at each step: inside of it, or between two."""
+    here = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+
+    def wait(x, y):
+        def nap(value):
+            time.sleep(0.03 * here)
+            return value
+
+        return tf.ensure_shape(tf.numpy_function(nap, [x], x.dtype), x.shape), y
+
+    x, y = data()
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(24, drop_remainder=True)
+    listener = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: time.sleep(0.03 * here))
+    given = {"x": dataset.map(wait), "y": None, "callbacks": []} if how == "input" else {"callbacks": [listener]}
+    given = {**given, "epochs": 5, "validation_data": None}
+    if how == "input":
+        given["batch_size"] = None
+    elif how == "none":
+        given["callbacks"] = []
+    return trained(classifier(scope, "adam"), **given)
 
 
 class Asked(keras.callbacks.Callback):

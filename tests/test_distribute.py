@@ -313,6 +313,16 @@ def test_a_signal_to_one_worker_ends_all_at_the_same_step_and_they_go_on_from_th
 
 
 @pytest.mark.slow
+def test_a_worker_that_the_others_wait_for_is_a_finding_that_names_it():
+    for each in _workers(2, "slow:input", "slow:callback", "slow:none")[:1]:
+        for how, causes in (("input", ["straggler", "input_bound"]), ("callback", ["straggler"])):
+            (found,) = [f for f in each[f"slow:{how}"]["findings"] if f["rule"] == "slow_worker"]
+            assert found["causes"] == causes
+            assert found["evidence"]["worker"] == 1
+        assert not any(f["rule"] == "slow_worker" for f in each["slow:none"]["findings"])
+
+
+@pytest.mark.slow
 def test_workers_of_which_one_was_killed_end_with_the_bits_of_a_run_that_was_not(tmp_path):
     killed = _workers(2, f"resuming:{tmp_path}:dies", restarts=1)
     whole = _workers(2, "resuming:none")[0]["resuming:none"]

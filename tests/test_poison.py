@@ -109,9 +109,18 @@ COMBINED = {
 }
 
 
+FITTED = ({}, {"trace": (1, 6)}, {"observe": 3}, {"observe": False})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("fitted", [{}, {"trace": (1, 6)}, {"observe": 3}, {"observe": False}], ids=str)
-@pytest.mark.parametrize("made", COMBINED.values(), ids=COMBINED)
+@pytest.mark.parametrize(
+    ("made", "fitted"),
+    [
+        pytest.param(made, FITTED[(i + shift) % 4], id=f"{name} {FITTED[(i + shift) % 4]}")
+        for i, (name, made) in enumerate(COMBINED.items())
+        for shift in (0, 1)
+    ],
+)
 def test_however_a_step_runs_it_is_taken_back_and_stop_stops_at_it(made, fitted, tmp_path):
     """Compiled by XLA or not at all, in other precisions, many in an execution, one a call under the profiler."""
     bad, healthy = poisoned([3, 8])

@@ -33,6 +33,10 @@ COMPARE_SHARE = 0.02
 LISTED = 20
 """Most variables that a document names."""
 
+OWN = ("steps", "wall_s", "waited_s", "input_wait_s")
+"""What each worker knows of itself: its steps after the first call, the seconds that they took with what was between
+them, and the seconds of those that it waited for the other workers, and for its batches."""
+
 
 class Seat(NamedTuple):
     """A worker's place among all: `worker` of `workers`; the one numbered 0 writes the record."""
@@ -134,6 +138,8 @@ class Lockstep:
         self._checks = 0
         self._identical_until = -1
         self._drift: dict[str, Any] | None = None
+        self._calls = 0
+        self._own = np.zeros(len(OWN))
 
     def check(self, **numbers: int | None) -> None:
         """Checks that all workers were asked for the same.
@@ -164,11 +170,33 @@ class Lockstep:
         self._due = time.monotonic() >= self._next
         if self.seat.workers == 1:
             return came
+        begun = time.monotonic()
         rows = self.exchange([bool(self._model.stop_training), calls, self._due, came or 0])
+        if self._calls > 1:
+            self._own[OWN.index("waited_s")] += time.monotonic() - begun  # the seconds between two calls hold it
         self._model.stop_training = bool(rows[:, 0].any())
         self.calls = int(rows[:, 1].min())
         self._due = bool(rows[0, 2])
         return int(rows[:, 3].max()) or None
+
+    def took(self, times: np.ndarray, reduce_s: np.ndarray) -> None:
+        """Takes note of a call's steps; not of the first call, in which each worker traces for itself.
+
+        Args:
+          times: [steps, 3] as `Timing.call` returns them.
+          reduce_s: [steps] seconds of each that this worker waited for the sum of the gradients.
+        """
+        self._calls += 1
+        if self._calls > 1:
+            wall = float(times[:, 0].sum() + times[:, 2].sum())
+            self._own += [len(times), wall, np.nansum(reduce_s), np.nansum(times[:, 1])]
+
+    def workers(self, step: int) -> dict[str, Any] | None:
+        """Where the time of each worker went so far, for the document "workers"; all have to ask. None: only one."""
+        if self.seat.workers == 1:
+            return None
+        rows = self.exchange([int(1e6 * number) for number in self._own]) / 1e6
+        return {"step": step, **{name: rows[:, i].tolist() for i, name in enumerate(OWN)}}
 
     def compare(self, step: int, at_once: bool = False) -> bool:
         """Compares all replicas after a step, where that is due; returns whether something new is to be told."""

@@ -63,6 +63,10 @@ def several(strategy: tf.distribute.Strategy) -> bool:
     return strategy.num_replicas_in_sync > 1
 
 
+REDUCE = "reduce_s"
+"""Scalar of a step: seconds from the gradients of a worker's first replica to the sum of all."""
+
+
 class Replicas(Observer):
     """An `Observer` of all replicas at once: what it saw is what they did together.
 
@@ -71,13 +75,17 @@ class Replicas(Observer):
     Args:
       *args: As of an `Observer`.
       uneven: Whether the shares of a batch may be of several sizes; to add them up takes a collective more.
+      clocked: Whether to take the time from this worker's gradients to everybody's sum: who waits long is not the one
+        that the others wait for.
     """
 
-    def __init__(self, *args, uneven: bool = True):
+    def __init__(self, *args, uneven: bool = True, clocked: bool = False):
         super().__init__(*args)
+        self._clocked = clocked
         self._uneven = uneven
         self._of_replica: dict[Any, dict[str, tf.Tensor]] = {}
         self._counts: dict[int, tf.Tensor] = {}
+        self._reduced: list[tf.Tensor] = []
         self._strategy: tf.distribute.Strategy = tf.distribute.get_strategy()
 
     def run(self, model: keras.Model, batch, guard: Guard | None = None) -> Any:
@@ -130,20 +138,28 @@ class Replicas(Observer):
             losses = self._of_replica.pop(number(), {})
             summands = [*grads, *losses.values()]
             count = self._counts.get(number())
-            summed = _sum(context, summands if count is None else _none_of_nothing(count, summands))
+            summands = summands if count is None else _none_of_nothing(count, summands)
+            ready = [_now_after(summands)] if self._clocked else []
+            summed = _sum(context, summands)
+            times = [_now_after(summed) - ready[0]] if self._clocked else []
             gradients, totals = summed[: len(grads)], summed[len(grads) :]
 
-            def together(strategy, totals, *gradients):
+            def together(strategy, totals, times, *gradients):
                 self._losses = dict(zip(losses, (_first(strategy, total) for total in totals), strict=True))
+                self._reduced += [_first(strategy, each) for each in times]
                 self._inside = True
                 try:
                     self._everywhere(strategy, optimizer, apply, gradients, variables)
                 finally:
                     self._inside = False
 
-            return context.merge_call(together, args=(totals, *gradients))
+            return context.merge_call(together, args=(totals, times, *gradients))
 
         return watched
+
+    def _scalars(self) -> dict[str, tf.Tensor]:
+        values = super()._scalars()
+        return values | {REDUCE: tf.add_n(self._reduced)} if self._reduced else values
 
     def _everywhere(self, strategy, optimizer, apply, gradients, variables) -> None:
         """Updates each replica of this worker; the first one is measured, and its clip is everybody's."""
@@ -232,6 +248,13 @@ def _unless_empty(model: keras.Model, count: tf.Tensor) -> Iterator[None]:
     yield
     for variable, value in zip(kept, before, strict=True):
         variable.assign(tf.where(count > 0, variable, value))
+
+
+def _now_after(values: Sequence) -> tf.Tensor:
+    """Seconds since 1970 once these are there."""
+    leaves = [v.values if isinstance(v, tf.IndexedSlices) else v for v in values if v is not None]
+    with tf.control_dependencies(leaves), tf.device("CPU"):
+        return tf.timestamp()
 
 
 def _none_of_nothing(count: tf.Tensor, summands: Sequence) -> list:

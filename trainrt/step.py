@@ -153,7 +153,14 @@ class Step:
         def one_step_together(data):
             watching = measuring or self.guard is not None
             observer = replicas.Replicas(
-                self._optimizers, self._clip, watching, self._kernels, False, self._each, uneven=self._uneven
+                self._optimizers,
+                self._clip,
+                watching,
+                self._kernels,
+                False,
+                self._each,
+                uneven=self._uneven,
+                clocked=measuring and self._clocked,
             )
             logs = observer.run(model, data, self.guard)
             return logs, self._noted(observer, logs, measuring)

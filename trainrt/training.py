@@ -6,11 +6,12 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from trainrt import arguments, doors, environment, fused, native, replicas, resume, timing
@@ -41,6 +42,12 @@ def _own_memory() -> list[dict[str, float]]:
         told = tf.config.experimental.get_memory_info(device.name.removeprefix("/device:"))
         found.append({"tf_bytes": float(told["current"]), "tf_peak_bytes": float(told["peak"])})
     return found
+
+
+def _column(vectors: tf.Tensor, scalars: Sequence[str], name: str) -> np.ndarray:
+    """[steps] a scalar, which stand last in the vectors; NaN where it is not measured."""
+    rows = vectors.numpy()
+    return rows[:, scalars.index(name) - len(scalars)] if name in scalars else np.full(len(rows), np.nan)
 
 
 class Training:
@@ -260,6 +267,8 @@ class Training:
     def ends(self) -> bool:
         """Whether `stop_training` is set, by a callback of any worker."""
         if self._lockstep is not None:
+            if (told := self._lockstep.workers(self.step - 1)) is not None and self._request.every:
+                self.journal.document("workers", lambda: told)
             self._settle(self._lockstep)
         return bool(self._model.stop_training)
 
@@ -324,6 +333,8 @@ class Training:
             times = self.timing.call(self.step, outcome.steps, begun, ended, outcome.clock, singly)
             with self.timing.of("first_call"):
                 self._open()
+            if self._lockstep is not None and outcome.vectors is not None and self._step and self._step.roster:
+                self._lockstep.took(times, _column(outcome.vectors, self._step.roster.scalars, replicas.REDUCE))
             if outcome.digests is not None and self._step:
                 self.ledger.rows(self._step.digest_names, self.step, outcome.digests)
             if outcome.vectors is not None:

@@ -13,8 +13,8 @@ SEVERITIES = ("info", "warning", "error")
 
 TIME_CAUSES = frozenset(
     """
-    input_bound host_bound launch_bound slow_callback retracing slow_down stragglers throttled memory_nearly_full
-    shared_device ecc_errors idle_device
+    input_bound host_bound launch_bound slow_callback retracing slow_down stragglers straggler throttled
+    memory_nearly_full shared_device ecc_errors idle_device
     """.split()  # noqa: SIM905 - as below
 )
 """Root causes of time that is lost: they come after those of a model that does not learn."""
