@@ -269,26 +269,19 @@ def spiked(scope, own_step=""):
 
 
 def slow(scope, how):
-    """Worker 1 is slow at each step: inside of it, or between two."""
+    """Worker 1 is slow at each step: in the forward pass, or between two steps."""
     here = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
 
-    def wait(x, y):
-        def nap(value):
-            time.sleep(0.03 * here)
-            return value
+    class Slow(keras.layers.Layer):
+        def call(self, x):
+            with tf.control_dependencies(
+                [tf.numpy_function(lambda: time.sleep(0.03 * here) or np.int64(0), [], "int64")]
+            ):
+                return tf.identity(x)
 
-        return tf.ensure_shape(tf.numpy_function(nap, [x], x.dtype), x.shape), y
-
-    x, y = data()
-    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(24, drop_remainder=True)
     listener = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: time.sleep(0.03 * here))
-    given = {"x": dataset.map(wait), "y": None, "callbacks": []} if how == "input" else {"callbacks": [listener]}
-    given = {**given, "epochs": 5, "validation_data": None}
-    if how == "input":
-        given["batch_size"] = None
-    elif how == "none":
-        given["callbacks"] = []
-    return trained(classifier(scope, "adam"), **given)
+    model = classifier(scope, "adam", *([Slow] if how == "step" else []))
+    return trained(model, epochs=5, validation_data=None, callbacks=[listener] if how == "callback" else [])
 
 
 class Asked(keras.callbacks.Callback):
