@@ -277,6 +277,7 @@ def _record(directory: Path) -> None:
     from trainrt.sinks.tensorboard import TensorBoard
     from trainrt.synthetic import build
 
+    directory.mkdir()
     sink = TensorBoard(directory)
     for first in range(0, 180, 3):
         losses = np.arange(first, first + 3, dtype=float)
