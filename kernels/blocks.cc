@@ -225,14 +225,7 @@ namespace {
 
 template <typename T>
 void adapt_one(const T* gradient, const T* momentum, const T* second, const Division& division, Adaptive& into) {
-  const double g = gradient ? exact(*gradient) : 0;
-  if (momentum) into.product += g * exact(*momentum);
-  if (!second) return;
-  const double v = exact(*second), inverse = 1 / (std::sqrt(v + division.inside) + division.outside);
-  into.normalized += g * inverse * (g * inverse);
-  into.inverse += inverse;
-  into.lowest = v < into.lowest ? v : into.lowest;
-  into.under += v < division.floor;
+  fold(gradient, momentum, second, division, into);
 }
 
 inline Floats square_root(Floats x) {

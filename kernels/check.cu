@@ -4,9 +4,11 @@
 //   nvcc -std=c++17 -O3 -fmad=false -arch=native -x cu check.cu device.cu.cc -x none cpu.o blocks.o -o check && ./check
 //
 // Weights and slots must equal the CPU kernels' to the last bit, moments to 1e-6, and be the same from run to run. Then
-// every rule is timed on 64 M parameters, and its GB/s stand beside those of a device-to-device copy.
+// every rule is timed on 64 M parameters, and its GB/s stand beside those of a device-to-device copy. Exits 0 if all
+// agrees, 1 on a difference or an error, 2 without a GPU.
+#include <cuda_runtime.h>
+
 #include "device_launch.h"
-#include "rules.h"
 #include "trial.h"
 
 namespace trainrt {
@@ -18,77 +20,52 @@ void require(cudaError_t error, const char* what) {
   exit(1);
 }
 
-// A copy on the device of what a vector holds.
-template <typename V>
-class OnDevice {
+void require(const char* error, const char* what) {
+  if (!error) return;
+  printf("%s: %s\n", what, error);
+  exit(1);
+}
+
+class Gpu {
  public:
-  explicit OnDevice(const std::vector<V>& from) : size_(from.size()) {
-    require(cudaMalloc(&data_, size_ * sizeof(V) + 16), "cudaMalloc");
-    require(cudaMemcpy(data_, from.data(), size_ * sizeof(V), cudaMemcpyHostToDevice), "copy to the device");
+  ~Gpu() { clear(); }
+  template <typename V>
+  V* room(size_t count) {
+    void* data = nullptr;
+    require(cudaMalloc(&data, count * sizeof(V) + 16), "cudaMalloc");
+    require(cudaMemset(data, 0, count * sizeof(V)), "cudaMemset");
+    held_.push_back(data);
+    return static_cast<V*>(data);
   }
-  explicit OnDevice(size_t size) : size_(size) {
-    require(cudaMalloc(&data_, size_ * sizeof(V) + 16), "cudaMalloc");
-    require(cudaMemset(data_, 0, size_ * sizeof(V)), "cudaMemset");
+  template <typename V>
+  V* put(const std::vector<V>& from) {
+    V* data = room<V>(from.size());
+    require(cudaMemcpy(data, from.data(), from.size() * sizeof(V), cudaMemcpyHostToDevice), "copy to the device");
+    return data;
   }
-  ~OnDevice() { cudaFree(data_); }
-  V* get() const { return data_; }
-  std::vector<V> host() const {
-    std::vector<V> to(size_);
-    require(cudaMemcpy(to.data(), data_, size_ * sizeof(V), cudaMemcpyDeviceToHost), "copy from the device");
-    return to;
+  template <typename V>
+  void get(const V* from, std::vector<V>& to) {
+    require(cudaMemcpy(static_cast<void*>(to.data()), from, to.size() * sizeof(V), cudaMemcpyDeviceToHost),
+            "copy from the device");
   }
+  void clear() {
+    require(cudaDeviceSynchronize(), "the device");
+    for (void* data : held_) cudaFree(data);
+    held_.clear();
+  }
+  void update(const Rule& rule, Dtype dtype, const device::Arguments& a, int chunks, device::Row* rows) {
+    require(device::launch_update(rule.name.c_str(), dtype, a, chunks, rows, nullptr), rule.name.c_str());
+  }
+  void look(const device::Looks& a, int chunks, device::Row* rows) {
+    require(device::launch_look(a, chunks, rows, nullptr), "look");
+  }
+  void fold(const device::Totals& a, int tensors) { require(device::launch_fold(a, tensors, nullptr), "fold"); }
+  void finish(const device::Measured& a) { require(device::launch_finish(a, nullptr), "finish"); }
+  void finish(const device::Finish& a) { require(device::launch_finish(a, nullptr), "finish"); }
 
  private:
-  V* data_ = nullptr;
-  size_t size_;
+  std::vector<void*> held_;
 };
-
-template <typename T>
-std::vector<device::Row> on_gpu(const Rule& rule, trial::Case<T>& c) {
-  const int count = static_cast<int>(c.size.size());
-  OnDevice<T> gradient(c.gradient), weight(c.weight), s0(c.slots[0]), s1(c.slots[1]), s2(c.slots[2]);
-  OnDevice<T> scalars(c.scalars), factor(c.factor);
-  OnDevice<T>* slots[] = {&s0, &s1, &s2};
-  std::vector<device::Weight> weights(count);
-  for (int i = 0; i < count; ++i) {
-    const int64_t at = c.start[i];
-    weights[i] = {i == c.missing ? nullptr : gradient.get() + at, weight.get() + at, {}, c.size[i], c.decay(i)};
-    for (int k = 0; k < rule.slots; ++k) weights[i].slots[k] = slots[k]->get() + at;
-  }
-  OnDevice<device::Weight> table(weights);
-  OnDevice<device::Chunk> chunks(c.chunks);
-  OnDevice<int64_t> first(c.first);
-  OnDevice<device::Row> rows(c.chunks.size()), totals(static_cast<size_t>(count));
-  device::Arguments a = {};
-  a.weights = table.get();
-  a.chunks = chunks.get();
-  a.factors[0] = factor.get();
-  a.each[0] = true;
-  a.factor_count = 1;
-  for (size_t i = 0; i < c.scalars.size(); ++i) a.scalars[i] = scalars.get() + i;
-  a.observe = true;
-  require(device::launch_update(rule.name.c_str(), DtypeOf<T>::value, a, static_cast<int>(c.chunks.size()), rows.get(),
-                                nullptr),
-          rule.name.c_str());
-  require(device::launch_fold(rows.get(), first.get(), count, totals.get(), nullptr), "fold");
-  require(cudaDeviceSynchronize(), rule.name.c_str());
-  c.weight = weight.host();
-  for (int k = 0; k < rule.slots; ++k) c.slots[k] = slots[k]->host();
-  return totals.host();
-}
-
-template <typename T>
-bool check(const Rule& rule, const char* dtype) {
-  trial::Case<T> once(rule.scalars), again(rule.scalars), twin(rule.scalars);
-  const auto rows = on_gpu(rule, once), rows_again = on_gpu(rule, again), expected = trial::on_cpu(rule, twin);
-  std::string what = trial::difference(rule, twin, expected, once, rows);
-  if (what.empty())
-    for (size_t i = 0; i < rows.size(); ++i)
-      for (int s = 0; s < 3 + rule.slots; ++s)
-        if (rows[i].moments[s].sum != rows_again[i].moments[s].sum) what = "the bits of a sum, from run to run";
-  printf("%-28s %-9s %s\n", rule.name.c_str(), dtype, what.empty() ? "ok" : what.c_str());
-  return what.empty();
-}
 
 // Median seconds of a launch.
 template <typename Launch>
@@ -110,40 +87,66 @@ double median_s(Launch launch) {
   return times[times.size() / 2] * 1e-3;
 }
 
-void time_all(const std::vector<const Rule*>& rules) {
+// The whole of a step: its launches one after the other. Useful traffic is what has to be read and written once.
+void time_all(Gpu& gpu) {
   const int64_t size = 64 << 20;
-  OnDevice<float> gradient(static_cast<size_t>(size)), weight(static_cast<size_t>(size));
-  OnDevice<float> s0(static_cast<size_t>(size)), s1(static_cast<size_t>(size)), s2(static_cast<size_t>(size));
-  std::vector<float> values(16, 0.5f);
-  OnDevice<float> scalars(values);
+  const auto room = [&] { return gpu.room<float>(static_cast<size_t>(size)); };
+  float *gradient = room(), *weight = room(), *slots[] = {room(), room(), room()};
+  const float* scalars = gpu.put(std::vector<float>(16, 0.5f));
   std::vector<device::Chunk> list;
   for (int64_t at = 0; at < size; at += kChunk) list.push_back({0, at});
-  OnDevice<device::Chunk> chunks(list);
-  OnDevice<device::Row> rows(list.size());
-  OnDevice<device::Weight> table(std::vector<device::Weight>{
-      {gradient.get(), weight.get(), {s0.get(), s1.get(), s2.get()}, size, Decay::kNone}});
+  const int chunks = static_cast<int>(list.size());
+  device::Row *rows = gpu.room<device::Row>(list.size()), *totals = gpu.room<device::Row>(1);
+  const device::Totals fold = {rows, gpu.put(std::vector<int64_t>{0, chunks}), totals};
   device::Arguments a = {};
-  a.weights = table.get();
-  a.chunks = chunks.get();
-  for (int i = 0; i < 12; ++i) a.scalars[i] = scalars.get() + i;
+  a.weights = gpu.put(std::vector<device::Weight>{{gradient, weight, {slots[0], slots[1], slots[2]}, size, Decay::kNone}});
+  a.chunks = gpu.put(list);
+  for (int i = 0; i < device::kScalarsMost; ++i) a.scalars[i] = scalars + i;
+  a.clock = {gpu.put(std::vector<int64_t>{0}), gpu.put(std::vector<double>{0.01}),
+             gpu.put(std::vector<double>{0.9, 0.999, 1e-7, 0, 1, 0}), Divides::kAdam, 1};
+  device::Finish finish = {};
+  finish.totals = totals;
+  finish.weights = a.weights;
+  finish.clock = a.clock;
+  finish.correction = gpu.room<double>(1);
+  finish.cube = gpu.room<double>(device::kSubjects * kMoments);
+  finish.joint = gpu.room<double>(kJointColumns);
   const double copy = 8.0 * size / median_s([&] {
-    cudaMemcpyAsync(s0.get(), s1.get(), size * sizeof(float), cudaMemcpyDeviceToDevice);
+    cudaMemcpyAsync(slots[0], slots[1], size * sizeof(float), cudaMemcpyDeviceToDevice);
   });
   printf("\n%-28s %8.0f GB/s\n", "device copy", copy * 1e-9);
-  for (const Rule* rule : rules)
-    for (const bool observe : {false, true}) {
-      a.observe = observe;
-      const double bytes = 4.0 * size * (3 + 2 * rule->slots);
-      const double rate = bytes / median_s([&] {
-        device::launch_update(rule->name.c_str(), Dtype::kFloat32, a, static_cast<int>(list.size()), rows.get(), nullptr);
-      });
-      printf("%-28s %8.0f GB/s  %.2f of the copy%s\n", rule->name.c_str(), rate * 1e-9, rate / copy,
-             observe ? ", observed" : "");
-    }
-  const double rate = 4.0 * size / median_s([&] {
-    device::launch_measure(Dtype::kFloat32, a, static_cast<int>(list.size()), rows.get(), nullptr);
-  });
-  printf("%-28s %8.0f GB/s  %.2f of the copy\n", "measure", rate * 1e-9, rate / copy);
+  const auto say = [&](const char* name, double rate, const char* more) {
+    printf("%-28s %8.0f GB/s  %.2f of the copy%s\n", name, rate * 1e-9, rate / copy, more);
+  };
+#define TRAINRT_TIME(R)                                                                                     \
+  for (const bool observe : {false, true}) {                                                                \
+    const Rule& rule = *find_rule(R::kName);                                                                \
+    a.observe = observe;                                                                                    \
+    finish.count = observe;                                                                                 \
+    finish.slots = rule.slots;                                                                              \
+    finish.momentum = a.momentum = rule.slots > 0 ? 0 : -1;                                                 \
+    finish.second = a.second = rule.slots > 1 ? 1 : -1;                                                     \
+    const double bytes = 4.0 * size * (3 + 2 * rule.slots);                                                 \
+    say(R::kName, bytes / median_s([&] {                                                                    \
+          gpu.update(rule, Dtype::kFloat32, a, chunks, rows);                                               \
+          if (observe) gpu.fold(fold, 1);                                                                   \
+          gpu.finish(finish);                                                                               \
+        }),                                                                                                 \
+        observe ? ", observed, slots held against gradients" : "");                                         \
+  }
+  TRAINRT_RULES(TRAINRT_TIME)
+#undef TRAINRT_TIME
+  device::Subject one = {};
+  one.after = gradient;
+  one.size = size;
+  const device::Looks looks = {gpu.put(std::vector<device::Subject>{one}), a.chunks, nullptr, {}};
+  const device::Measured measured = {totals, 1, finish.cube, Clip::kNone, nullptr, nullptr};
+  say("measure", 4.0 * size / median_s([&] {
+        gpu.look(looks, chunks, rows);
+        gpu.fold(fold, 1);
+        gpu.finish(measured);
+      }),
+      "");
 }
 
 }  // namespace
@@ -156,17 +159,11 @@ int main() {
     printf("no GPU here\n");
     return 2;
   }
-  std::vector<const Rule*> rules;
-#define TRAINRT_FIND(R) rules.push_back(find_rule(R::kName));
-  TRAINRT_RULES(TRAINRT_FIND)
-#undef TRAINRT_FIND
-  bool good = true;
-  for (const Rule* rule : rules) {
-    good = check<float>(*rule, "float32") && good;
-    good = check<double>(*rule, "float64") && good;
-    good = check<BFloat16>(*rule, "bfloat16") && good;
-    good = check<Float16>(*rule, "float16") && good;
-  }
-  time_all(rules);
+  cudaDeviceProp device;
+  require(cudaGetDeviceProperties(&device, 0), "the device's name");
+  printf("%s, compute capability %d.%d\n\n", device.name, device.major, device.minor);
+  Gpu gpu;
+  const bool good = trial::check_all(gpu, true);
+  time_all(gpu);
   return good ? 0 : 1;
 }

@@ -107,67 +107,10 @@ void measure(const Span* tensors, int count, double* rows, const Parallel& paral
 }
 
 void clip(Clip how, double threshold, const double* rows, int count, double* scales) {
-  const auto at_most = [=](double norm) { return norm > threshold ? threshold / norm : 1.0; };
-  if (how == Clip::kGlobalNorm) {
-    double squares = 0;
-    bool broken = false;
-    for (int t = 0; t < count; ++t) {
-      const double* row = rows + t * kMoments;
-      if (std::isnan(row[0])) continue;  // no gradient
-      squares += row[kSumsq];
-      broken = broken || row[kNonfinite] > 0;
-    }
-    std::fill_n(scales, count, broken ? kNaN : at_most(std::sqrt(squares)));
-    return;
-  }
-  for (int t = 0; t < count; ++t) {
-    const double* row = rows + t * kMoments;
-    const double size = how == Clip::kWeightNorm ? std::sqrt(row[kSumsq]) : row[kAbsmax];
-    scales[t] = row[kNonfinite] > 0 ? kNaN : at_most(size);
-  }
-}
-
-void store_gradient(const Moments& measured, bool missing, const double* known, double loss_scale, double* row) {
-  if (known) {
-    std::copy_n(known, kMoments, row);
-  } else if (missing) {
-    std::fill_n(row, kMoments, kNaN);
-  } else {
-    measured.store(row);
-    row[kSumsq - 1] /= loss_scale;
-    row[kSumsq] /= loss_scale * loss_scale;
-    row[kAbsmax] /= loss_scale;
-  }
-}
-
-void store_joint(const Joint& joint, const Adaptive& adaptive, const Account& a, const double* gradient,
-                 const double* weight, double* row) {
-  const Division& d = a.division;
-  const auto rate_of = [&](double second) { return d.rate / (std::sqrt(second + d.inside) + d.outside); };
-  std::fill_n(row, kJointColumns, kNaN);
-  row[kSteps] = 1;
-  row[kScale] = a.scale;
-  row[kClipped] = a.scale != 1;
-  row[kSkipped] = a.skipped;
-  row[kDecay] = a.skipped || a.decay == 0 ? 0 : a.decay * a.decay * weight[kSumsq];
-  row[kSlotSteps] = a.slots_seen && (a.momentum || a.second);
-  if (!a.missing) {
-    row[kGradientUpdate] = joint.product / a.loss_scale;
-    row[kRounded] = static_cast<double>(joint.rounded);
-  }
-  if (!a.slots_seen) return;
-  if (!a.missing && a.momentum) {
-    row[kGradientMomentum] = adaptive.product / a.loss_scale;
-    row[kMomentumNorms] = std::sqrt(gradient[kSumsq]) * std::sqrt(a.momentum_squares);
-  }
-  if (!a.second) return;
-  const double scale = a.scale / a.loss_scale;
-  if (!a.missing) row[kNormalizedGradient] = adaptive.normalized * d.correction * scale * scale;
-  row[kUnderEpsilon] = static_cast<double>(adaptive.under);
-  row[kRates] = d.rate * adaptive.inverse;
-  if (!std::isfinite(adaptive.lowest)) return;  // no element
-  row[kLargestRate] = rate_of(adaptive.lowest);
-  row[kSmallestRate] = rate_of(a.highest);
+  GradientNorm norm;
+  if (how == Clip::kGlobalNorm)
+    for (int t = 0; t < count; ++t) norm.add(rows + t * kMoments);
+  for (int t = 0; t < count; ++t) scales[t] = clip_scale(how, threshold, norm, rows + t * kMoments);
 }
 
 void observe(const Observe& o, const Parallel& parallel) {
@@ -274,12 +217,6 @@ const Rule* find_rule(const std::string& name) {
   for (const Rule& rule : rules())
     if (rule.name == name) return &rule;
   return nullptr;
-}
-
-std::string rule_names() {
-  std::string names;
-  for (const Rule& rule : rules()) names += (names.empty() ? "" : ", ") + rule.name;
-  return names;
 }
 
 }  // namespace trainrt

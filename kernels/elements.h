@@ -42,6 +42,12 @@ struct OverRootOf {
   TRAINRT_HD T operator()(T x) const { return x / square_root(radicand); }
 };
 
+template <typename T>
+struct TimesReciprocal {
+  T reciprocal_root;
+  TRAINRT_HD T operator()(T x) const { return x * reciprocal_root; }
+};
+
 template <typename R, typename T>
 TRAINRT_HD void step_element(const T* scalars, T gradient, T& weight, T* slots) {
   if constexpr (HasRoot<R>::value) {

@@ -4,6 +4,7 @@
 #include <array>
 #include <string>
 
+#include "account.h"
 #include "chunks.h"
 #include "elements.h"
 
@@ -19,41 +20,7 @@ struct Span {
 void measure(const Span* tensors, int count, double* rows, const Parallel& parallel);
 
 // As in `trainrt/clip.py`, from the moments of the gradients to a scale for each.
-enum class Clip : int { kNone = 0, kGlobalNorm = 1, kWeightNorm = 2, kLargestMagnitude = 3 };
 void clip(Clip how, double threshold, const double* rows, int count, double* scales);
-
-// Columns of `record.JOINT`.
-enum JointColumn {
-  kSteps, kScale, kClipped, kSkipped, kGradientUpdate, kRounded, kDecay, kSlotSteps, kGradientMomentum, kMomentumNorms,
-  kNormalizedGradient, kUnderEpsilon, kRates, kLargestRate, kSmallestRate, kJointColumns
-};
-
-// What a step did to one weight besides its sums.
-struct Account {
-  bool missing = false;    // there is no gradient
-  bool skipped = false;    // the optimizer left the step out
-  bool slots_seen = false; // the gradient was held against the slots in this step
-  bool momentum = false, second = false;  // there is such a slot
-  double scale = 1;        // of the clip
-  double loss_scale = 1;   // in the gradient, not in its row
-  double decay = 0;        // share of the weight that was taken off; NaN: not known
-  double momentum_squares = 0, highest = 0;  // of the momentum's row, and of the second moment's
-  Division division;
-};
-// gradient, weight: [kMoments]; row: [kJointColumns].
-void store_joint(const Joint& joint, const Adaptive& adaptive, const Account& account, const double* gradient,
-                 const double* weight, double* row);
-
-// One weight's row of the gradient: `known`, or what was measured with the loss scale divided out; NaN if missing.
-void store_gradient(const Moments& measured, bool missing, const double* known, double loss_scale, double* row);
-
-// Whether the slots are held against the gradient in a step: in the first `kSlotsEvery` that are observed and then in
-// every kSlotsEvery-th. `every`: how many steps there are to one observed.
-constexpr int kSlotsEvery = 8;
-inline bool slots_due(int64_t iterations, int64_t every) {
-  const int64_t period = kSlotsEvery * every;
-  return iterations < period || iterations % period < every;
-}
 
 // What an optimizer of any kind did, in one pass. Rows of `cube`: gradient, update = after - before (rounded to their
 // dtype and never stored), after, then the slots.
@@ -118,7 +85,6 @@ struct Rule {
   Steps graph, eager;
 };
 const Rule* find_rule(const std::string& name);
-std::string rule_names();
 
 void update(const Rule& rule, Dtype dtype, const Update& what, const Parallel& parallel);
 

@@ -64,7 +64,7 @@ struct Adaptive {
   double lowest = __builtin_inf();  // smallest second moment
   int64_t under = 0;                // second moments under the floor
 
-  void merge(const Adaptive& other) {
+  TRAINRT_HD void merge(const Adaptive& other) {
     product += other.product;
     normalized += other.normalized;
     inverse += other.inverse;
@@ -102,6 +102,19 @@ TRAINRT_HD void fold(T x, Moments& into) {
   into.sumsq += value * value;
   into.absmax = size > into.absmax ? size : into.absmax;
   into.zeros += is_zero(x);
+}
+
+// One element of a gradient and of its slots; any of them may be null.
+template <typename T>
+TRAINRT_HD void fold(const T* gradient, const T* momentum, const T* second, const Division& division, Adaptive& into) {
+  const double g = gradient ? exact(*gradient) : 0;
+  if (momentum) into.product += g * exact(*momentum);
+  if (!second) return;
+  const double v = exact(*second), inverse = 1 / (sqrt(v + division.inside) + division.outside);
+  into.normalized += g * inverse * (g * inverse);
+  into.inverse += inverse;
+  into.lowest = v < into.lowest ? v : into.lowest;
+  into.under += v < division.floor;
 }
 
 template <typename T>

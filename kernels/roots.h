@@ -3,7 +3,7 @@
 // and are 1 / sqrt(y). Run eagerly it is a division. (Eigen/src/Core/arch/AVX/MathFunctions.h, MathFunctionsImpl.h)
 #pragma once
 
-#include "types.h"
+#include "elements.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -48,9 +48,4 @@ inline void reciprocal_roots(T* x, int size) {
   for (; i < size; ++i) x[i] = T(1.0f) / square_root(x[i]);
 }
 
-template <typename T>
-struct TimesReciprocal {
-  T reciprocal_root;
-  TRAINRT_HD T operator()(T x) const { return x * reciprocal_root; }
-};
 }  // namespace trainrt

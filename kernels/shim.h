@@ -3,6 +3,7 @@
 // have reached it, and threads that disagree on which barrier comes next are found out.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdio>
@@ -24,18 +25,10 @@ class Block {
   }
 
   void run() {
-    for (int t = 0; t < device::kThreads; ++t) {
-      Fiber& fiber = fibers_[t];
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.data();
-      fiber.context.uc_stack.ss_size = fiber.stack.size();
-      fiber.context.uc_link = &main_;
-      running() = this;
-      makecontext(&fiber.context, &Block::enter, 0);
-      fiber.stop = Stop::kBlock;
-    }
+    for (Fiber& fiber : fibers_) fiber.started = false;
+    running() = this;
     do {
-      for (current_ = 0; current_ < device::kThreads; ++current_) swapcontext(&main_, &fibers_[current_].context);
+      for (current_ = 0; current_ < device::kThreads; ++current_) resume(fibers_[current_]);
       for (const Fiber& fiber : fibers_) {
         if (fiber.stop == fibers_[0].stop) continue;
         fprintf(stderr, "threads of a block stop at different barriers\n");
@@ -47,21 +40,35 @@ class Block {
   void stop(Stop at) {
     Fiber& fiber = fibers_[current_];
     fiber.stop = at;
-    swapcontext(&fiber.context, &main_);
+    if (_setjmp(fiber.at) == 0) _longjmp(main_, 1);
   }
 
   double lanes[device::kThreads];
 
  private:
   struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // to begin on its own stack; jumps do the rest, which ask nothing of the system
+    jmp_buf at;
     std::vector<char> stack;
     Stop stop;
+    bool started;
   };
   std::function<void(int)> body_;
   Fiber fibers_[device::kThreads];
-  ucontext_t main_;
+  jmp_buf main_;
   int current_ = 0;
+
+  void resume(Fiber& fiber) {
+    if (_setjmp(main_) != 0) return;
+    if (fiber.started) _longjmp(fiber.at, 1);
+    fiber.started = true;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, &Block::enter, 0);
+    setcontext(&fiber.context);
+  }
 
   static Block*& running() {
     static Block* block = nullptr;
@@ -70,7 +77,7 @@ class Block {
   static void enter() {
     Block& block = *running();
     block.body_(block.current_);
-    block.fibers_[block.current_].stop = Stop::kDone;
+    block.stop(Stop::kDone);
   }
 };
 
@@ -97,10 +104,10 @@ class Thread {
   int block_, index_;
 };
 
-// body(thread, shared memory of kWarps doubles), for each of `blocks` blocks.
+// body(thread, shared memory of a block), for each of `blocks` blocks.
 template <typename Body>
 void launch(int blocks, Body body) {
-  double shared[device::kWarps];
+  device::Shared shared;
   int block = 0;
   Block fibers([&](int index) {
     Thread me(fibers, block, index);

@@ -13,7 +13,7 @@ FLOORS = (
     {"record", "digits", "signals", "phases", "launch", "banners"},
     {"statistics", "events", "synthetic", "digest", "relation", "windows"},
     {"checkpoint", "run", "doors", "native", "clip", "taps", "resident", "matched", "survey", "pipeline"},
-    {"findings", "moments", "adaptive", "audit", "bits", "forward", "device_words", "trace_reading"},
+    {"findings", "moments", "adaptive", "audit", "bits", "forward", "device_words", "trace_reading", "cuda", "parity"},
     {"fused", "comparison", "anatomy", "trace"},
     {"generic"},
     {"origin"},

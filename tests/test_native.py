@@ -90,7 +90,7 @@ def test_a_library_for_something_else_is_never_found(cache, tmp_path, monkeypatc
             patch.setattr(native, name, value)
             assert found() == (None, None), name
     compiler(tmp_path, monkeypatch, FAKE.replace("fake 1.0", "fake 1.1"))
-    native._describe.cache_clear()
+    native.describe.cache_clear()
     assert found() == (None, None)
 
 

@@ -4,6 +4,7 @@ The library is compiled on first use, never on import, with the machine's C++ co
 directory that belongs to the user alone. A file is named after all that it depends on and after its own digest:
 
     ops-<sources, TensorFlow, flags, processor>-<compiler>-<digest of the file>.so
+    gpu-<sources, TensorFlow, flags>-<compilers>-<digest of the file>.so               (`cuda.py`)
 
 so that a stale, half-written or foreign file is never loaded, two processes may build at once, and the last step of a
 build is one rename. Without the library everything works, on TensorFlow's own ops, and costs more time.
@@ -29,7 +30,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -140,17 +141,42 @@ def build(force: bool = False, target: str = "native", directory: str | os.PathL
     Raises:
       BuildError: No compiler, no private directory, or the compiler failed.
     """
-    home = Path(directory) if directory is not None else cache()
     compiler = _compiler()
     if compiler is None:
         raise BuildError(f"No C++ compiler was found. {_LOST} Install g++ or set CXX.")
+
+    def compile(scratch: Path) -> Path:
+        return _compile(compiler, target, scratch)
+
+    return publish("ops", key(target), compiler.digest, compile, force, directory)
+
+
+def publish(
+    kind: str,
+    name: str,
+    compiler: str,
+    compile: Callable[[Path], Path],
+    force: bool = False,
+    directory: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Compiles a library in a directory of its own and renames it to what it is, unless it is there.
+
+    Args:
+      kind, name, compiler: The first parts of the file's name: see the module.
+      compile: Given an empty directory, makes the library in it.
+      force, directory: As `build` takes them.
+
+    Raises:
+      BuildError: No private directory, or what `compile` raises.
+    """
+    home = Path(directory) if directory is not None else cache()
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise BuildError(f"{home} cannot be made ({error.strerror}). {_LOST} Set TRAINRT_CACHE.") from error
     if complaint := _distrust(home):
         raise BuildError(f"{complaint} {_LOST} Set TRAINRT_CACHE to a directory of your own.")
-    if not force and (found := _find(home, key(target), compiler.digest)):
+    if not force and (found := find(home, kind, name, compiler)):
         return found
     _sweep(home)
     try:
@@ -158,9 +184,9 @@ def build(force: bool = False, target: str = "native", directory: str | os.PathL
     except OSError as error:
         raise BuildError(f"{home} cannot be written ({error.strerror}). {_LOST} Set TRAINRT_CACHE.") from error
     try:
-        library = _compile(compiler, target, scratch)
+        library = compile(scratch)
         os.chmod(library, 0o755 if directory is not None else 0o700)
-        ready = home / f"ops-{key(target)}-{compiler.digest}-{_digest(library)}.so"
+        ready = home / f"{kind}-{name}-{compiler}-{_digest(library)}.so"
         os.replace(library, ready)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -172,7 +198,7 @@ def clean() -> list[Path]:
     removed = []
     home = cache()
     if home.is_dir() and not _distrust(home):
-        for path in [*home.glob("ops-*.so"), *home.glob("build-*")]:
+        for path in [*home.glob("ops-*.so"), *home.glob("gpu-*.so"), *home.glob("build-*")]:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             removed.append(path)
     return removed
@@ -302,7 +328,7 @@ def _or_empty(tensor: tf.Tensor | None, shape: list[int]) -> tf.Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Compiler:
+class Compiler:
     path: str
     version: str
     digest: str
@@ -337,15 +363,15 @@ def _load() -> tuple[ModuleType | None, Status]:
     try:
         return tf.load_op_library(os.fspath(path)), _status(path, built, None, compiler)
     except (tf.errors.OpError, OSError, RuntimeError) as error:
-        reason = f"{path} does not load ({_one_line(str(error))}). {_LOST} Run `trainrt kernels build --force`."
+        reason = f"{path} does not load ({one_line(str(error))}). {_LOST} Run `trainrt kernels build --force`."
         return None, _status(None, False, reason, compiler)
 
 
-def _status(path: Path | None, built: bool, reason: str | None, compiler: _Compiler | None) -> Status:
+def _status(path: Path | None, built: bool, reason: str | None, compiler: Compiler | None) -> Status:
     return Status(path, built, reason, compiler.version if compiler else None, _flags("native"), key())
 
 
-def _search(compiler: _Compiler | None) -> tuple[Path | None, str | None]:
+def _search(compiler: Compiler | None) -> tuple[Path | None, str | None]:
     """A library that may be loaded; or why none may ever be; or neither, if one has to be built."""
     if _switched_off():
         return None, f"TRAINRT_NATIVE=0. {_LOST} Unset it."
@@ -355,18 +381,20 @@ def _search(compiler: _Compiler | None) -> tuple[Path | None, str | None]:
         if complaint := _distrust(directory):
             return None, f"TRAINRT_KERNELS: {complaint} {_LOST}"
         for target in _targets():
-            found = _find(directory, key(target), None)
+            found = find(directory, "ops", key(target), None)
             if found and (place.is_dir() or found == place):
                 return found, None
     home = cache()
     if home.is_dir() and not _distrust(home):
-        return _find(home, key(), compiler.digest if compiler else None), None
+        return find(home, "ops", key(), compiler.digest if compiler else None), None
     return None, None
 
 
-def _find(directory: Path, name: str, compiler: str | None) -> Path | None:
-    """An intact library of that key, by that compiler or, if None, by any."""
-    for path in sorted(directory.glob(f"ops-{name}-{compiler or '*'}-*.so")):
+def find(directory: Path, kind: str, name: str, compiler: str | None) -> Path | None:
+    """An intact library of that kind and name, by that compiler or, if None, by any; nothing that others may write."""
+    if not directory.is_dir() or _distrust(directory):
+        return None
+    for path in sorted(directory.glob(f"{kind}-{name}-{compiler or '*'}-*.so")):
         if not _distrust(path) and path.stem.rpartition("-")[2] == _digest(path):
             return path
     return None
@@ -407,42 +435,28 @@ def _flags(target: str) -> tuple[str, ...]:
     return (*_ARITHMETIC, f"-march={target}")
 
 
-def _compiler() -> _Compiler | None:
+def _compiler() -> Compiler | None:
     for name in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
         if path := shutil.which(name):
-            return _describe(path)
+            return describe(path)
     return None
 
 
 @functools.cache
-def _describe(path: str) -> _Compiler | None:
+def describe(path: str) -> Compiler | None:
+    """The compiler of that path; None if it does not say its version."""
     try:
         version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return _Compiler(path, version.partition("\n")[0], hashlib.sha256(version.encode()).hexdigest()[:8])
+    return Compiler(path, version.partition("\n")[0], hashlib.sha256(version.encode()).hexdigest()[:8])
 
 
-def _compile(compiler: _Compiler, target: str, scratch: Path) -> Path:
+def _compile(compiler: Compiler, target: str, scratch: Path) -> Path:
     """Compiles the units side by side: the one with TensorFlow's headers takes as long as all the arithmetic."""
 
     def run(*arguments: str) -> None:
-        try:
-            subprocess.run(
-                [compiler.path, *arguments],
-                cwd=scratch,
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=_COMPILE_LIMIT_S,
-                env={**os.environ, "LC_ALL": "C", "TMPDIR": os.fspath(scratch)},
-            )
-        except subprocess.CalledProcessError as error:
-            lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
-            first = _one_line(lines[0]) if lines else f"exit status {error.returncode}"
-            raise BuildError(f"{compiler.path} failed: {first}. {_LOST} Set CXX to another compiler.") from error
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise BuildError(f"{compiler.path} failed: {_one_line(str(error))}. {_LOST} Set CXX.") from error
+        run_compiler(compiler.path, arguments, scratch)
 
     def compile_unit(unit: str) -> str:
         flags = tf.sysconfig.get_compile_flags() if unit == "bind.cc" else _flags(target)
@@ -453,6 +467,30 @@ def _compile(compiler: _Compiler, target: str, scratch: Path) -> Path:
         objects = list(pool.map(compile_unit, _UNITS))
     run("-shared", "-o", "ops.so", *objects, *tf.sysconfig.get_link_flags())
     return scratch / "ops.so"
+
+
+def run_compiler(path: str, arguments: Sequence[str], scratch: Path) -> None:
+    """Runs a compiler in a directory.
+
+    Raises:
+      BuildError: It failed, in one line.
+    """
+    try:
+        subprocess.run(
+            [path, *arguments],
+            cwd=scratch,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_COMPILE_LIMIT_S,
+            env={**os.environ, "LC_ALL": "C", "TMPDIR": os.fspath(scratch)},
+        )
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
+        first = one_line(lines[0]) if lines else f"exit status {error.returncode}"
+        raise BuildError(f"{path} failed: {first}. {_LOST} Set CXX to another compiler.") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{path} failed: {one_line(str(error))}. {_LOST} Set CXX.") from error
 
 
 def _sweep(home: Path) -> None:
@@ -469,5 +507,5 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     return " ".join(text.split())[:300]

@@ -1,0 +1,113 @@
+"""Tries a fused update on a device: a few steps of small random weights, beside Keras's own optimizer, bit for bit.
+
+The parity tests do the same at length, on the CPU. A GPU has other instructions, and TensorFlow other kernels for it, so
+there a process tries each optimizer that it meets before it trusts the fused pass with a model. What is compared: every
+weight and every slot, to the bit, and the statistics with what the tensors themselves say in float64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from trainrt.record import DEVICE_MOMENTS, JOINT, Moments
+
+SHAPES = ((), (3,), (33,), (7, 5), (1031,), (130, 129))
+STEPS = 3
+
+
+def complaint(
+    optimizer: keras.optimizers.Optimizer, dtype: str, device: str, fuse: Callable[[Any, list], Any]
+) -> str | None:
+    """What a fused update does otherwise than the optimizer.
+
+    Args:
+      optimizer: An optimizer; it is not touched, others are made from its configuration.
+      dtype: Of the weights.
+      device: Where to try it.
+      fuse: (built optimizer, weights) -> the fused pass, a `fused.Fused`.
+
+    Returns:
+      None if all agrees; else what does not, as the end of a sentence.
+    """
+    rng, loss_scale = np.random.default_rng(0), optimizer.loss_scale_factor or 1.0
+    with tf.init_scope(), tf.device(device):
+        theirs, ours = ([_variable(rng_, dtype, i) for i, rng_ in _seeds()] for _ in range(2))
+        reference, mine = (_copy(optimizer, weights) for weights in (theirs, ours))
+        fused = fuse(mine, ours)
+        keras_step = tf.function(lambda gradients: reference.apply(gradients, theirs))
+        step = tf.function(lambda gradients: tuple(fused.apply(gradients)[1:3]))
+        for _ in range(STEPS):
+            gradients = [tf.cast(tf.constant(rng.standard_normal(s) * 0.1), dtype) for s in SHAPES]
+            before = [_array(w) for w in ours]
+            keras_step(gradients)
+            cube, joint = step(gradients)
+            for one, other in zip([*theirs, *reference.variables], [*ours, *mine.variables], strict=True):
+                if different := _different(_array(one), _array(other)):
+                    return f"{different} of {one.path} are not Keras's"
+            slots = [getattr(mine, attribute) for attribute in fused.rule.slots.values()]
+            for i, weight in enumerate(ours):
+                after, gradient = _array(weight), _wide(gradients[i].numpy()) / loss_scale
+                subjects = [gradient, after - before[i], after, *(_array(row[i]) for row in slots)]
+                if wrong := _wrong_moments(cube[i].numpy(), subjects):
+                    return wrong
+                product = gradient * _wide(subjects[1])
+                column = float(joint[i, JOINT.index("gradient_update")])
+                if abs(column - product.sum()) > 1e-6 * np.abs(product).sum():
+                    return "the inner product of gradient and update is wrong"
+    return None
+
+
+def key(optimizer: keras.optimizers.Optimizer, dtype: str, device: str) -> tuple[str, str, str, str]:
+    """What a trial depends on: its result holds for all that have the same key."""
+    config = {k: v for k, v in optimizer.get_config().items() if k not in ("name", "learning_rate")}
+    return type(optimizer).__name__, device, dtype, json.dumps(config, sort_keys=True, default=str)
+
+
+def _seeds():
+    return [(i, np.random.default_rng(i)) for i in range(len(SHAPES))]
+
+
+def _variable(rng: np.random.Generator, dtype: str, index: int) -> keras.Variable:
+    value = (rng.standard_normal(SHAPES[index]) * 0.1).astype("float32")
+    return keras.Variable(value, dtype=dtype, name=f"trial_{index}")
+
+
+def _copy(optimizer, weights: list) -> keras.optimizers.Optimizer:
+    copy = type(optimizer).from_config({**optimizer.get_config(), "learning_rate": 0.01})
+    copy.build(weights)
+    return copy
+
+
+def _array(variable) -> np.ndarray:
+    return np.asarray(variable.value.numpy())
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float64)
+
+
+def _different(a: np.ndarray, b: np.ndarray) -> int:
+    """How many elements differ in their bits; a NaN is a NaN."""
+    if a.dtype.kind in "iu":
+        return int((a != b).sum())
+    bits = f"u{a.dtype.itemsize}"
+    same = (a.view(bits) == b.view(bits)) | (np.isnan(_wide(a)) & np.isnan(_wide(b)))
+    return int((~same).sum())
+
+
+def _wrong_moments(rows: np.ndarray, subjects: Sequence[np.ndarray]) -> str | None:
+    """What of [S, 6] moments is not what the tensors say."""
+    for row, subject in zip(rows, subjects, strict=True):
+        wide = _wide(subject)
+        twin = Moments.of(wide).array[: len(DEVICE_MOMENTS)]
+        for name, got, want in zip(DEVICE_MOMENTS, row, twin, strict=True):
+            size = np.abs(wide).sum() if name == "sum" else abs(want)
+            if not abs(got - want) <= (1e-6 * size if name in ("sum", "sumsq", "absmax") else 0):
+                return f"the statistic {name} is {got:.9g} and not {want:.9g}"
+    return None
