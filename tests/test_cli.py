@@ -233,21 +233,34 @@ def test_demo_refuses_a_directory_that_cannot_be_made(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_kernels_are_built_shown_and_removed(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tensorflow")
-    from trainrt import native
+COMPILER = """#!{python}
+import sys
+if "--version" in sys.argv:
+    print("fake 1.0")
+else:
+    open(sys.argv[sys.argv.index("-o") + 1], "wb").write(b"a library")
+"""
 
-    if native.status().compiler is None:
-        pytest.skip("no C++ compiler")
+
+def test_kernels_are_built_shown_and_removed(tmp_path, monkeypatch, capsys):
+    tf = pytest.importorskip("tensorflow")
+    monkeypatch.setattr(tf.sysconfig, "get_build_info", lambda: {"is_cuda_build": True})
+    for name in ("CXX", "CUDACXX"):  # what a real one makes is a matter of test_native.py and test_cuda.py
+        (tmp_path / name).write_text(COMPILER.format(python=sys.executable))
+        (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv(name, str(tmp_path / name))
     monkeypatch.setenv("TRAINRT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TRAINRT_KERNELS", raising=False)
     assert main(["kernels", "clean"]) == 0
-    assert main(["kernels", "build"]) == 0
-    library = capsys.readouterr().out.splitlines()[-1]
-    assert library.startswith(str(tmp_path)[:20])
-    assert list((tmp_path / "cache").glob("ops-*.so"))
+    assert main(["kernels", "build", "--gpu"]) == 0
+    told = "".join(capsys.readouterr().out.split())
+    for kind in ("ops", "gpu"):
+        (library,) = (tmp_path / "cache").glob(f"{kind}-*.so")
+        assert library.name in told
+    assert main(["kernels", "status"]) == 0
+    assert library.name in "".join(capsys.readouterr().out.split())
     assert main(["kernels", "clean"]) == 0
-    assert not list((tmp_path / "cache").glob("ops-*.so"))
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_kernels_without_a_compiler_say_what_to_install(tmp_path, monkeypatch, capsys):

@@ -96,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("action", choices=("build", "status", "clean"))
     kernels.add_argument("--force", action="store_true", help="build even if they are there")
     kernels.add_argument("--target", default="native", help="for which processor: native, or a value for -march")
+    kernels.add_argument("--gpu", action=argparse.BooleanOptionalAction,
+                         help="build the GPU kernels too, with nvcc; by default where there is a GPU")  # fmt: skip
     kernels.add_argument("--directory", type=Path, help="where to, instead of the user's cache; see TRAINRT_KERNELS")
     kernels.set_defaults(command=_kernels)
 
@@ -235,7 +237,7 @@ def _write_page(file: Path, logdir: Path, paths: list[Path], runs: list[Run]) ->
 
 def _kernels(options: argparse.Namespace) -> int:
     load_tensorflow()
-    from trainrt import native
+    from trainrt import cuda, native
 
     if options.action == "clean":
         removed = native.clean()
@@ -246,12 +248,32 @@ def _kernels(options: argparse.Namespace) -> int:
             _say(str(native.build(options.force, options.target, options.directory)))
         except native.BuildError as error:
             return _refuse(str(error))
-        return 0
+        return _build_gpu(options)
     status = native.status()
     _say(f"library   {status.path or status.reason}")
     _say(f"compiler  {status.compiler or 'none found'}")
     _say(f"flags     {' '.join(status.flags)}")
+    gpu = cuda.status()
+    _say(f"GPU       {gpu.path or gpu.reason}")
     return 0 if status.path else 1
+
+
+def _build_gpu(options: argparse.Namespace) -> int:
+    """The GPU kernels too, where that was asked for, or there is a GPU and what it takes."""
+    import tensorflow as tf
+
+    from trainrt import cuda, native
+
+    wanted = options.gpu if options.gpu is not None else bool(tf.config.list_physical_devices("GPU"))
+    if not wanted:
+        return 0
+    try:
+        _say(str(cuda.build(options.force, options.directory)))
+    except native.BuildError as error:
+        if options.gpu:
+            return _refuse(str(error))
+        _say(str(error))
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -1,14 +1,14 @@
 """The ops' GPU kernels: a library of their own, found or built beside that of `native.py`, or why there is none.
 
 It needs a CUDA compiler, and a TensorFlow that was built with CUDA, as the Linux packages are. It is compiled when a
-weight is first seen on a GPU, for that GPU, or ahead by `trainrt kernels build`, then for compute capability 8.0 and 9.0
-and as PTX of 7.5, which the driver makes into code for any later one. The CUDA runtime is linked in and asks for the
-driver when it is first used: the library loads on a machine without a GPU.
+weight is first seen on a GPU, for that GPU, or ahead by `trainrt kernels build --gpu`, then, without a GPU, for
+compute capability 8.0 and 9.0 and as PTX of 7.5, which the driver makes into code for any later one. The CUDA runtime
+is linked in and asks for the driver when it is first used: the library loads on a machine without a GPU.
 
-**What has not run.** No GPU kernel here has ever run on a GPU: it compiles, loads, registers, and its launch geometry and
-arithmetic run on the host (`kernels/shim.h`). So none is trusted. Before the first update on a GPU `parity.py` tries it
-there, against Keras's own optimizer on the same GPU, to the bit; when it differs or raises, a warning says so once and
-the process keeps to TensorFlow's own ops.
+**What has not run.** No GPU kernel here has ever run on a GPU: it compiles, loads, registers, and its launch geometry
+and arithmetic run on the host (`kernels/shim.h`). So none is trusted. Before the first update on a GPU `parity.py`
+tries it there, against Keras's own optimizer on the same GPU, to the bit; when it differs or raises, a warning says
+so once and the process keeps to TensorFlow's own ops.
 
 Environment, besides that of `native.py`:
   CUDACXX            the CUDA compiler; else `nvcc` in PATH, below CUDA_HOME, or in /usr/local/cuda.
@@ -132,7 +132,7 @@ def status() -> Status:
     return Status(path, reason, f"{cuda.path}, {cuda.version}" if cuda else None, known)
 
 
-_COMMAND = "trainrt kernels build"
+_COMMAND = "trainrt kernels build --gpu"
 
 
 def on_gpu(variable: Any) -> bool:

@@ -220,6 +220,23 @@ def _kernels() -> Check:
     return Check("kernels", MISSING, f"none: {found.reason}", "trainrt kernels build")
 
 
+def _gpu_kernels() -> Check:
+    """Whether updates on a GPU have kernels. They are built where there is a GPU to build them for."""
+    import tensorflow as tf
+
+    from trainrt import cuda
+
+    there = bool(tf.config.list_physical_devices("GPU"))
+    reason = cuda.load() if there else cuda.status().reason
+    found = cuda.status()
+    if not there:
+        return Check("GPU kernels", WELL, f"not needed, as there is no GPU; {found.path or reason}")
+    if reason:
+        return Check("GPU kernels", MISSING, reason, "trainrt kernels build")
+    return Check("GPU kernels", WELL, f"{found.path}\nregistered for GPUs: {', '.join(found.registered)}\n"
+                 "each optimizer's is tried against Keras on the GPU before it is used")  # fmt: skip
+
+
 def _updates() -> Check:
     """Which update each of Keras's optimizers takes for a plain float32 weight."""
     import keras
@@ -333,6 +350,7 @@ _CHECKS: dict[str, Callable[[], Check]] = {
     "nvidia-smi": _clocks,
     "compiler": _compiler,
     "kernels": _kernels,
+    "GPU kernels": _gpu_kernels,
     "updates": _updates,
     "XLA": _xla,
     "profiler": _profiler,

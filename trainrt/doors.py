@@ -33,6 +33,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `SeedGenerator.next` | other dropout masks on each replica | a seed of each replica's own in Keras |
 | `optimizer._get_current_learning_rate` | an experiment with another rate, whatever it comes from | a setter that takes a schedule back |
 | `optimizer._use_weight_decay`, `_apply_weight_decay` | which weights decay, and whether as in Keras | a public question |
+| `optimizer._clip_gradients` | updates weights with sparse gradients beside a fused update, as `apply` does | an `apply` for some of the weights |
 | `optimizer._trainable_variables`, its per-variable lists | pairs slots with weights | public slot names |
 """
 
@@ -655,6 +656,15 @@ def decays(optimizer, variable) -> bool:
 def raw(variable) -> tf.Variable:
     """The `tf.Variable` in a `keras.Variable`, or itself."""
     return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+def update_rows(optimizer, gradients, variables, rate) -> None:
+    """What `optimizer.apply` does to these weights and their slots, a global clip and its counter of steps aside."""
+    raws = [raw(v) for v in variables]
+    gradients = optimizer._clip_gradients(gradients)
+    optimizer._apply_weight_decay(raws)
+    for gradient, variable in zip(gradients, raws, strict=True):
+        optimizer.update_step(gradient, variable, rate)
 
 
 def layer_of(variable) -> str:

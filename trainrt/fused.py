@@ -9,14 +9,33 @@ This holds for the exact optimizer types in `RULES`, while the Keras source that
 (`matched.py`), and for options that `plan` does not refuse. Everything else takes the generic path, which is always
 right: `optimizer.apply`, measured from outside (`generic.py`).
 
-A step that XLA compiles takes no fused update. An op of ours cannot be inside the cluster; outside of it every gradient
-would have to be written to memory and read again, while XLA fuses the optimizer's elementwise ops, and statistics in
-plain ops beside them, into passes that read them where they are made.
+Weights with a sparse gradient are updated beside the pass, by Keras's own ops (`sparse.py`).
+
+On a GPU the pass is that of `cuda.py`'s library, once it has passed its trial there (`parity.py`).
+
+**A step that XLA compiles takes no fused update**, though `jit_compile=True` is what Keras chooses on a GPU. An op of
+ours cannot be inside the cluster, so it is the pass outside of it, or statistics in plain ops inside. By argument, as
+nothing of it has been measured on a GPU:
+
+- In bytes the pass may win. Gradients of matrix products and convolutions come from library calls, which write them
+  to memory in any case. From there XLA's update moves what ours does (28 a parameter for Adam: it fuses the
+  elementwise ops of each weight), but its reductions are fusions of their own, which read gradient, weight, update
+  and slots once more: up to 24, and the old weight has to be kept. Its launches are several for each weight; ours are
+  three for all.
+- But the cluster is the whole train step, and the update is in its middle: metrics, a custom `train_step`, a second
+  optimizer may read weights after it. To take it out is to run the rest of a step, which is the user's code, before
+  its update. For steps that do not look nothing would change; which those are cannot be told from here.
+- Gradients that XLA makes itself (biases, normalisation, embeddings), and the weights' buffers that it updates in
+  place, would have to leave the cluster, and with them the fusions across the border.
+- Keras's bits under XLA are those of XLA's fusions. Another update beside them is another training.
+
+So right comes first, and the statistics are XLA's. Who wants the pass on a GPU compiles with `jit_compile=False`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -27,7 +46,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from trainrt import adaptive, clip, doors, matched, native, record
+from trainrt import adaptive, clip, cuda, doors, matched, native, parity, record, sparse
 
 DECAY_NONE, DECAY_MERGED, DECAY_IN_TURN = range(3)
 """As `Decay` in `kernels/kernels.h`."""
@@ -197,8 +216,8 @@ def plan(
     Args:
       optimizer: A built optimizer.
       variables: P weights that it was built with, `keras.Variable` or `tf.Variable`.
-      gradients: The gradients, where they are known: a `tf.IndexedSlices` among them, or one of another dtype than its
-        weight, is refused.
+      gradients: The gradients, where they are known: one of another dtype than its weight is refused, and a
+        `tf.IndexedSlices` where `sparse.refusal` says so.
       jit_compile: Whether XLA compiles the step that this is a part of.
 
     Returns:
@@ -206,7 +225,8 @@ def plan(
     """
     reason = _refusal(optimizer, list(variables), jit_compile)
     if reason is None and gradients is not None:
-        reason = _gradient_refusal(gradients, variables)
+        reason = _gradient_refusal(optimizer, gradients, variables)
+    reason = reason or _device_refusal(optimizer, list(variables))
     return reason or Fused(optimizer, list(variables))
 
 
@@ -265,19 +285,29 @@ def _variable_refusal(optimizer, variables: list) -> str | None:
             return f"{path} is overwritten with its gradient"
         if getattr(variable, "constraint", None) is not None:
             return f"{path} has a constraint"
-        if "GPU" in raw.device:
-            return f"{path} is on a GPU"
     if optimizer.global_clipnorm and len({_raw(v).dtype for v in variables}) > 1:
         return "global_clipnorm over weights of several dtypes"
     return None
 
 
-def _gradient_refusal(gradients: Sequence, variables: Sequence) -> str | None:
+def _device_refusal(optimizer, variables: list) -> str | None:
+    """Why not on the weights' device: there are no kernels for it, or they failed their trial."""
+    reason = cuda.refusal(variables)
+    if reason is None and cuda.on_gpu(variables[0]):
+        device = _raw(variables[0]).device
+        for dtype in sorted({_raw(v).dtype.name for v in variables}):
+            key = parity.key(optimizer, dtype, device)
+            reason = reason or cuda.distrust(key, functools.partial(parity.complaint, optimizer, dtype, device, Fused))
+    return reason
+
+
+def _gradient_refusal(optimizer, gradients: Sequence, variables: Sequence) -> str | None:
     for gradient, variable in zip(gradients, variables, strict=True):
         path = getattr(variable, "path", variable.name)
         if isinstance(gradient, tf.IndexedSlices):
-            return f"{path} has a sparse gradient"
-        if gradient is not None and gradient.dtype != _raw(variable).dtype:
+            if reason := sparse.refusal(optimizer, gradient, variable):
+                return reason
+        elif gradient is not None and gradient.dtype != _raw(variable).dtype:
             return f"{path} is {_raw(variable).dtype.name} and its gradient {gradient.dtype.name}"
     return None
 
@@ -299,7 +329,7 @@ class Fused:
     @tf.autograph.experimental.do_not_convert
     def apply(
         self,
-        gradients: Sequence[tf.Tensor | None],
+        gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
         scale: tf.Tensor | None = None,
         observe: bool = True,
         measured: tf.Tensor | None = None,
@@ -308,8 +338,8 @@ class Fused:
         """Updates weights, slots and `optimizer.iterations`, inside a `tf.function` or eagerly.
 
         Args:
-          gradients: P dense gradients of their weights' dtypes; None where the loss does not reach, which Keras warns
-            about.
+          gradients: P gradients of their weights' dtypes, dense or sparse; None where the loss does not reach, which
+            Keras warns about.
           scale: [P]: each gradient is multiplied by its own, as float32, before Keras's clip. None does not
             multiply.
           observe: Whether to measure.
@@ -320,12 +350,12 @@ class Fused:
           The measurements; None unless `observe`.
 
         Raises:
-          TypeError: A gradient is sparse, or of another dtype than its weight; `plan(..., gradients)` tells before.
+          TypeError: A gradient is one that `plan(..., gradients)` refuses.
           ValueError: No gradient at all, as Keras.
         """
-        if reason := _gradient_refusal(gradients, self.variables):
-            raise TypeError(f"A fused update takes dense gradients of their weights' dtypes. Received: {reason}.")
         optimizer = self.optimizer
+        if reason := _gradient_refusal(optimizer, gradients, self.variables):
+            raise TypeError(f"A fused update takes gradients of their weights' dtypes. Received: {reason}.")
         optimizer._filter_empty_gradients(list(gradients), self.variables)  # warns, or raises, as Keras does
         if self.rule.name == "nadam":
             dtype = optimizer._u_product.dtype
@@ -338,13 +368,19 @@ class Fused:
         else:
             step = (tf.constant(0, tf.int64), tf.constant(0.0, tf.float64), 1)
         groups: dict[str, list[int]] = {}
+        rows = [i for i, g in enumerate(gradients) if isinstance(g, tf.IndexedSlices)]
         for i, variable in enumerate(self.variables):
-            if gradients[i] is not None or observe:
+            if (gradients[i] is not None or observe) and i not in rows:
                 groups.setdefault(_raw(variable).dtype.name, []).append(i)
         parts = [
             self._apply_group(dtype, index, gradients, scale, rate, observe, measured, step)
             for dtype, index in groups.items()
         ]
+        if rows:
+            groups[""] = rows
+            its = [None if t is None else tf.gather(t, rows) for t in (scale, measured)]
+            some, weights = ([row[i] for i in rows] for row in (gradients, self.variables))
+            parts.append(sparse.apply(optimizer, some, weights, rate, *its, step if observe else None))
         optimizer._iterations.assign_add(1)
         if not observe:
             return None

@@ -27,7 +27,8 @@ def measure(tensors: Sequence[tf.Tensor | None], kernels: bool = False) -> tf.Te
 
     Args:
       tensors: P tensors of static shape. `None` is not measured.
-      kernels: Whether the native kernels may be used: they are loaded, and neither XLA nor a GPU holds the tensors.
+      kernels: Whether the native kernels may be used: they are loaded where the tensors are, and XLA does not hold
+        them.
 
     Returns:
       [P, 6] float64, columns as in `record.DEVICE_MOMENTS`. The row of a `None`, or of a tensor that is not floating

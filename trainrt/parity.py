@@ -1,9 +1,8 @@
 """Tries a fused update on a device: a few steps of small random weights, beside Keras's own optimizer, bit for bit.
 
-The parity tests do the same at length, on the CPU. A GPU has other instructions, and TensorFlow other kernels for it, so
-there a process tries each optimizer that it meets before it trusts the fused pass with a model. What is compared: every
-weight and every slot, to the bit, and the statistics with what the tensors themselves say in float64.
-"""
+The parity tests do the same at length, on the CPU. A GPU has other instructions, and TensorFlow other kernels for it,
+so there a process tries each optimizer that it meets before it trusts the fused pass with a model. What is compared:
+every weight and every slot, to the bit, and the statistics with what the tensors themselves say in float64."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from trainrt import cuda, doors, native
 from trainrt.record import DEVICE_MOMENTS, JOINT, Moments
 
 SHAPES = ((), (3,), (33,), (7, 5), (1031,), (130, 129))
@@ -63,9 +63,48 @@ def complaint(
     return None
 
 
+def refusal(variables: Sequence) -> str | None:
+    """Why the kernels may not touch these weights; None if they may: on the host, or where they passed their trial."""
+    if (reason := cuda.refusal(variables)) is not None or not cuda.on_gpu(variables[0]):
+        return reason
+    device = doors.raw(variables[0]).device
+    return cuda.distrust(("statistics", device), lambda: statistics_complaint(device))
+
+
+def statistics_complaint(device: str) -> str | None:
+    """What the kernels that only look say otherwise on a device than on the host; None if nothing."""
+    rng = np.random.default_rng(0)
+    draws = [[rng.standard_normal(s).astype("float32") * 0.1 for s in SHAPES] for _ in range(4)]
+    draws[3] = [np.abs(x) for x in draws[3]]
+    rows = [[0.0, 1e-3, 1e-6, 0.01, 0.5, 0.1]] * len(SHAPES)
+    seen = []
+    with tf.init_scope():
+        for place in ("/CPU:0", device):
+            with tf.device(place):
+                before, gradients, momentum, second = ([tf.constant(x) for x in draw] for draw in draws)
+                after = [w - 0.01 * g for w, g in zip(before, gradients, strict=True)]
+                measured, scale = native.measure_and_clip(gradients, "global_norm", 0.5)
+                cube, joint = native.observe(
+                    before, after, gradients, [momentum, second], measured=None, scale=scale,
+                    table=tf.constant(rows, tf.float64), momentum=[0] * len(SHAPES), second=[1] * len(SHAPES),
+                )  # fmt: skip
+            seen.append([x.numpy() for x in (measured, scale, cube, joint)])
+    for name, here, there in zip(("moments", "scale", "cube", "joint"), *seen, strict=True):
+        size = np.abs(here) + (np.sqrt(here[..., 2:3] * here[..., :1]) if name in ("moments", "cube") else 0)
+        if name == "joint":  # the inner products cancel: what bounds them is in the cube
+            norms = np.sqrt(seen[0][2][:, :, 2])
+            size[:, JOINT.index("gradient_update")] = norms[:, 0] * norms[:, 1]
+            size[:, JOINT.index("gradient_momentum")] = norms[:, 0] * norms[:, 3]
+        if not (np.abs(here - there) <= 2e-6 * size).all():
+            return f"the {name} are not those of the host"
+    return None
+
+
 def key(optimizer: keras.optimizers.Optimizer, dtype: str, device: str) -> tuple[str, str, str, str]:
     """What a trial depends on: its result holds for all that have the same key."""
-    config = {k: v for k, v in optimizer.get_config().items() if k not in ("name", "learning_rate")}
+    with tf.init_scope():  # the learning rate is a variable
+        config = optimizer.get_config()
+    config = {k: v for k, v in config.items() if k not in ("name", "learning_rate")}
     return type(optimizer).__name__, device, dtype, json.dumps(config, sort_keys=True, default=str)
 
 

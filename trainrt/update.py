@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainrt import clip, doors, fused, generic, moments, phases, taps
+from trainrt import clip, doors, fused, generic, moments, parity, phases, taps
 from trainrt.clip import Clip
 from trainrt.origin import Origins
 from trainrt.record import DEVICE_MOMENTS, GRADIENT, JOINT, JOINT_EXTREMES, UPDATE, WEIGHT, Parameter, Roster, unique
@@ -126,8 +126,9 @@ class Observer:
         variables = list(trainable_variables) if given else doors.trained_variables(optimizer)
         if self._sum_duplicates:
             gradients = [_summed(gradient, v) for gradient, v in zip(gradients, variables, strict=True)]
-        kernels = self._kernels and not any("GPU" in doors.raw(v).device for v in variables)
-        way = fused.plan(optimizer, variables, gradients) if kernels else "the native kernels are not used here"
+        reason = parity.refusal(variables) if self._kernels else "the native kernels are not used here"
+        kernels = reason is None
+        way = reason or fused.plan(optimizer, variables, gradients)
         folds = type(optimizer) is keras.optimizers.SGD and any(taps.is_regrouped(g) for g in gradients)
         if folds and not isinstance(way, str):
             way = "TensorFlow folds the learning rate of SGD into a gradient"
