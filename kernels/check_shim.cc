@@ -1,14 +1,20 @@
-// Runs the device's code on this host and compares it with the CPU kernels. Exits 1 on a difference. Built and run by
-// tests/test_kernels.py.
+// Runs the device's code on this host and compares it with the CPU kernels. Exits 1 on a difference. Built with
+// `shim_launch.cc` and run by tests/test_kernels.py.
+#include <cstdlib>
 #include <memory>
 
-#include "shim.h"
+#include "device_launch.h"
 #include "trial.h"
 
 namespace trainrt {
 namespace {
 
-// The device is this host: a copy is a copy, a launch runs at once.
+void require(const char* error) {
+  if (!error) return;
+  printf("%s\n", error);
+  exit(1);
+}
+
 class Host {
  public:
   template <typename V>
@@ -25,28 +31,12 @@ class Host {
   void clear() { held_.clear(); }
 
   void update(const Rule& rule, Dtype dtype, const device::Arguments& a, int chunks, device::Row* rows) {
-#define TRAINRT_RUN(R)                                                                                               \
-  if (rule.name == R::kName)                                                                                         \
-    device::with_type(dtype, [&](auto* type) {                                                                       \
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;                                          \
-      if constexpr (std::is_same_v<T, float> || std::is_same_v<R, Adam>)                                             \
-        shim::launch(chunks, [&](auto& me, auto& shared) { device::update_chunk<R, T>(me, a, rows, shared); });      \
-    });
-    TRAINRT_RULES(TRAINRT_RUN)
-#undef TRAINRT_RUN
+    require(device::launch_update(rule.name.c_str(), dtype, a, chunks, rows, nullptr));
   }
-  void look(const device::Looks& a, int chunks, device::Row* rows) {
-    shim::launch(chunks, [&](auto& me, auto& shared) { device::look_chunk(me, a, rows, shared); });
-  }
-  void fold(const device::Totals& a, int tensors) {
-    shim::launch(tensors, [&](auto& me, auto& shared) { device::fold_chunks(me, a, shared); });
-  }
-  void finish(const device::Measured& a) {
-    shim::launch(1, [&](auto& me, auto& shared) { device::finish_measure(me, a, shared); });
-  }
-  void finish(const device::Finish& a) {
-    shim::launch(1, [&](auto& me, auto& shared) { device::finish(me, a, shared); });
-  }
+  void look(const device::Looks& a, int chunks, device::Row* rows) { device::launch_look(a, chunks, rows, nullptr); }
+  void fold(const device::Totals& a, int tensors) { device::launch_fold(a, tensors, nullptr); }
+  void finish(const device::Measured& a) { device::launch_finish(a, nullptr); }
+  void finish(const device::Finish& a) { device::launch_finish(a, nullptr); }
 
  private:
   std::vector<std::unique_ptr<void, void (*)(void*)>> held_;

@@ -71,7 +71,7 @@ class Block {
   }
 
   static Block*& running() {
-    static Block* block = nullptr;
+    static thread_local Block* block = nullptr;
     return block;
   }
   static void enter() {

@@ -269,16 +269,6 @@ def test_the_bits_do_not_depend_on_the_number_of_threads():
     assert runs[0] == runs[1] == runs[2]
 
 
-@pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler")
-def test_the_device_s_code_agrees_with_the_cpu_on_a_host(tmp_path):
-    """Launch geometry, reduction tree and barriers, thread by thread: `kernels/shim.h`."""
-    compiler, flags = native._compiler().path, ["-std=c++17", "-O1", "-fno-math-errno", "-ffp-contract=off", "-w"]
-    units = [str(native.sources() / unit) for unit in ("check_shim.cc", "cpu.cc", "blocks.cc")]
-    subprocess.run([compiler, *flags, *units, "-o", str(tmp_path / "check")], check=True)
-    done = subprocess.run([str(tmp_path / "check")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(cuda._nvcc() is None, reason="no CUDA compiler")
 def test_the_program_that_checks_a_gpu_compiles_for_ampere_and_hopper_and_says_that_there_is_none(tmp_path):

@@ -449,7 +449,9 @@ def describe(path: str) -> Compiler | None:
         version = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return Compiler(path, version.partition("\n")[0], hashlib.sha256(version.encode()).hexdigest()[:8])
+    lines = version.splitlines() or [""]
+    named = next((line for line in lines if ", release " in line), lines[0])  # nvcc says it later
+    return Compiler(path, named, hashlib.sha256(version.encode()).hexdigest()[:8])
 
 
 def _compile(compiler: Compiler, target: str, scratch: Path) -> Path:
