@@ -7,7 +7,8 @@
 #   docker run --rm --gpus all -v "$PWD:/work" trainrt python train.py                              train
 #   docker run --rm -p 6006:6006 -v "$PWD/runs:/work" trainrt tensorboard --bind_all --logdir .     look
 #
-# The base brings the driver's hooks; CUDA's libraries come with TensorFlow, in the versions that it was built with.
+# The base brings the driver's hooks; CUDA's libraries come with TensorFlow, in the versions that it was built with. With
+# --build-arg BASE=nvidia/cuda:12.5.1-devel-ubuntu22.04 there is nvcc too, and the first run builds the GPU kernels.
 ARG BASE=nvidia/cuda:12.5.1-base-ubuntu22.04
 
 FROM ${BASE} AS build
