@@ -153,7 +153,7 @@ def test_the_gpu_s_op_passes_the_trial_that_it_would_have_to_pass_on_a_gpu(shim)
             with shim():
                 return super().apply(*arguments, **options)
 
-    for kind in IEEE:
+    for kind in (keras.optimizers.SGD, keras.optimizers.Adam):
         optimizer = kind(learning_rate=0.01)
         optimizer.build([keras.Variable(np.zeros(3, "float32"))])
         assert parity.complaint(optimizer, "float32", "/CPU:0", Shimmed) is None
