@@ -204,6 +204,7 @@ MULTIPLIES_GRADIENT = (keras.optimizers.RMSprop, keras.optimizers.Lion)
 """Those that multiply the gradient by a constant."""
 
 
+@tf.autograph.experimental.do_not_convert
 def plan(
     optimizer: keras.optimizers.Optimizer,
     variables: Sequence,

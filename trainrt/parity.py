@@ -40,8 +40,8 @@ def complaint(
         theirs, ours = ([_variable(rng_, dtype, i) for i, rng_ in _seeds()] for _ in range(2))
         reference, mine = (_copy(optimizer, weights) for weights in (theirs, ours))
         fused = fuse(mine, ours)
-        keras_step = tf.function(lambda gradients: reference.apply(gradients, theirs))
-        step = tf.function(lambda gradients: tuple(fused.apply(gradients)[1:3]))
+        keras_step = tf.function(lambda gradients: reference.apply(gradients, theirs), autograph=False)
+        step = tf.function(lambda gradients: tuple(fused.apply(gradients)[1:3]), autograph=False)
         for _ in range(STEPS):
             gradients = [tf.cast(tf.constant(rng.standard_normal(s) * 0.1), dtype) for s in SHAPES]
             before = [_array(w) for w in ours]
@@ -63,6 +63,7 @@ def complaint(
     return None
 
 
+@tf.autograph.experimental.do_not_convert
 def refusal(variables: Sequence) -> str | None:
     """Why the kernels may not touch these weights; None if they may: on the host, or where they passed their trial."""
     if (reason := cuda.refusal(variables)) is not None or not cuda.on_gpu(variables[0]):
