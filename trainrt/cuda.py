@@ -195,7 +195,7 @@ def _load() -> str | None:
 def _search() -> Path | None:
     cuda, host = _nvcc(), native._compiler()
     compilers = _compilers(cuda, host) if cuda and host else None
-    places = []
+    places: list[tuple[Path, str | None]] = []
     if ahead := os.environ.get("TRAINRT_KERNELS"):
         place = Path(ahead)
         places.append((place if place.is_dir() else place.parent, None))
@@ -244,7 +244,7 @@ def _compile(nvcc: str, cxx: str, flags: Sequence[str], scratch: Path) -> Path:
     bind = [*tf.sysconfig.get_compile_flags(), *_HOST, "-O1"]
     bind += ["-c", os.fspath(sources / "bind_gpu.cc"), "-o", "bind.o"]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(native.run_compiler, *job, scratch) for job in ((nvcc, device), (cxx, bind))]
+        jobs = [pool.submit(native.run_compiler, path, given, scratch) for path, given in ((nvcc, device), (cxx, bind))]
         for job in jobs:
             job.result()
     place, library = (flag[2:] for flag in tf.sysconfig.get_link_flags())
