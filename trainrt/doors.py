@@ -135,7 +135,7 @@ def dataset_telling_order(adapter, tell: Callable[[np.ndarray], None]) -> tf.dat
     Its elements are those of `get_tf_dataset`. None where Keras does not make the order first.
     """
     mapped = tf.data.Dataset.map
-    telling = []
+    telling: list[tf.TensorSpec] = []
 
     def told(order):
         tf.numpy_function(tell, [order], [])
