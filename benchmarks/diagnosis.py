@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from trainrt.findings import SEVERITIES, Finding, diagnose
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 FAULTS = os.environ.get("TRAINRT_FAULTS", str(Path(__file__).parents[1].parent / "shared" / "faults"))
 ALARM = SEVERITIES.index("warning")

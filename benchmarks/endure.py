@@ -115,7 +115,7 @@ def _until_random(source: str, place: Path, rng: random.Random, kill: bool) -> s
 
 def _lost(place: Path) -> list[float]:
     """Seconds from the last step that reads back to the last step that was done; empty where none was."""
-    from trainrt.run import Run
+    from trainrt.record.run import Run
 
     progress = place / "result.json.progress"
     first, last = struct.unpack("<dd", progress.read_bytes()) if progress.exists() else (0.0, 0.0)
@@ -221,8 +221,8 @@ def fuzz(count: int, rng: random.Random) -> None:
 
     import numpy as np
 
-    from trainrt.checkpoint import Store
-    from trainrt.run import Run
+    from trainrt.endurance.checkpoint import Store
+    from trainrt.record.run import Run
 
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -274,8 +274,8 @@ def _record(directory: Path) -> None:
     """180 steps whose loss is their number."""
     import numpy as np
 
+    from trainrt.record.synthetic import build
     from trainrt.sinks.tensorboard import TensorBoard
-    from trainrt.synthetic import build
 
     directory.mkdir()
     sink = TensorBoard(directory)

@@ -25,7 +25,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainrt import fused, generic, native
+from trainrt.update import fused, generic, native
 
 MODELS = {
     "tiny, 26 k in 6": [(64, 128), (128,), (128, 128), (128,), (128, 10), (10,)],

@@ -29,9 +29,9 @@ import tensorflow as tf
 
 import trainrt
 from benchmarks.step import WORKLOADS, Workload
-from trainrt import loop
-from trainrt.audit import Audit
-from trainrt.batches import Batches
+from trainrt.loop import fit as loop
+from trainrt.loop.batches import Batches
+from trainrt.passport.audit import Audit
 
 WITHOUT = functools.partial(Audit, enabled=False)
 

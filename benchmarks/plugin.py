@@ -31,13 +31,13 @@ from pathlib import Path
 
 import numpy as np
 
-from trainrt import events
-from trainrt.record import Parameter
-from trainrt.run import Run
+from trainrt.record import events
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Parameter
 
 CHUNK = 64
 BUDGET, DOUBLINGS = 256 << 20, 24
-"""As `fit` bounds a record: `trainrt.recorder` widens windows 24 times within 256 MB."""
+"""As `fit` bounds a record: `trainrt.loop.recorder` widens windows 24 times within 256 MB."""
 
 ARGUMENTS = [
     "--no-sandbox",

@@ -24,7 +24,7 @@ import numpy as np
 
 import trainrt
 from benchmarks.step import WORKLOADS, Workload
-from trainrt.probe import Prober
+from trainrt.looks.probe import Prober
 
 
 def fit(model: keras.Model, looking: bool, x, y, **arguments) -> tuple[float, float, int]:

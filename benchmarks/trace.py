@@ -37,7 +37,8 @@ import numpy as np
 import tensorflow as tf
 
 import trainrt
-from trainrt import retracing, step, telemetry, timing, trace, training
+from trainrt.device import retracing, telemetry, timing, trace
+from trainrt.loop import step, training
 
 BATCH = 32
 MODES = ("bare", "clock", "later", "telemetry", "all", "all later")

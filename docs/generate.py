@@ -9,8 +9,9 @@ import ast
 import re
 from pathlib import Path
 
-import trainrt.run  # noqa: F401 - fills the tables
-from trainrt import findings, statistics
+import trainrt.record.run  # noqa: F401 - fills the tables
+from trainrt import findings
+from trainrt.record import statistics
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by docs/generate.py from the docstrings; edit those. -->\n"

@@ -102,7 +102,7 @@ TRAINRT_HD bool slots_due(int64_t iterations, int64_t every) {
   return iterations < period || iterations % period < every;
 }
 
-// How an optimizer divides, in terms of Keras's `update_step`: the twin of `trainrt/adaptive.py`.
+// How an optimizer divides, in terms of Keras's `update_step`: the twin of `trainrt/update/adaptive.py`.
 enum class Divides : int { kNot = 0, kAdam = 1, kNadam = 2, kInside = 3 };
 
 TRAINRT_HD Division division_of(Divides how, int64_t iterations, double rate, double beta_1, double beta_2,

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 import trainrt
-from trainrt.digest import digest_all
+from trainrt.record.digest import digest_all
 
 EPOCHS, ROWS, BATCH = 4, 600, 20
 

@@ -20,9 +20,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
 
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.synthetic import build
 from trainrt.sinks.tensorboard import TensorBoard
-from trainrt.synthetic import build
 
 WINDOWS = 3
 

@@ -8,7 +8,8 @@ import pytest
 import tensorflow as tf
 
 import trainrt
-from trainrt import audit, batches, survey
+from trainrt.loop import batches
+from trainrt.passport import audit, survey
 
 ROWS, BATCH = 479, 2  # 240 batches: more than are all looked at
 

@@ -7,11 +7,12 @@ import sys
 import numpy as np
 import pytest
 
-from trainrt import __version__, events, findings
+from trainrt import __version__, findings
 from trainrt.cli import BAD_INPUT, main, summary
 from trainrt.findings import diagnose
-from trainrt.record import Epoch, Parameter, Record
-from trainrt.run import Run
+from trainrt.record import events
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Epoch, Parameter, Record
 
 STEPS = 60
 ENVIRONMENT = {

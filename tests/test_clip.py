@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from trainrt import clip
-from trainrt.moments import measure
+from trainrt.update.moments import measure
 
 RNG = np.random.default_rng(0)
 GRADIENTS = [RNG.normal(size=shape).astype("float32") * scale for shape, scale in (((3, 4), 1), ((5,), 10), ((), 0.1))]

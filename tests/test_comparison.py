@@ -19,8 +19,8 @@ from trainrt.comparison.behaviour import departures, start
 from trainrt.comparison.difference import BACKWARD, FORWARD, UPDATE
 from trainrt.comparison.render import text
 from trainrt.findings import CAUSES
-from trainrt.record import Document, Parameter
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Document, Parameter
 
 (X, Y), TEST = digits.load()
 SORTED = np.argsort(Y, kind="stable")

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainrt import cuda, doctor, doors, fused, native, parity
+from trainrt import doctor, doors
+from trainrt.update import cuda, fused, native, parity
 
 needs_ops = pytest.mark.skipif(native.load() is None, reason=str(native.status().reason))
 
 LOADS = """
-from trainrt import cuda, native
+from trainrt.update import cuda
+from trainrt.update import native
 library = cuda.build()
 import tensorflow as tf
 assert not tf.config.list_physical_devices("GPU")

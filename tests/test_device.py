@@ -11,8 +11,8 @@ import tensorflow as tf
 import trainrt
 from trainrt.findings import Finding, diagnose, findings_of_time
 from trainrt.findings.device import stragglers
-from trainrt.record import Document
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Document
 
 STEPS = 160
 

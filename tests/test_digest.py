@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from trainrt.digest import FIRST, GOLDEN, SECOND, digest, digest_all
+from trainrt.record.digest import FIRST, GOLDEN, SECOND, digest, digest_all
 
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.uint8, np.bool_]
 WORD = (1 << 64) - 1

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trainrt
-from trainrt.bits import STAGES, compare_bits, digests_of, first_difference
 from trainrt.determinism import Digests
 from trainrt.determinism.digests import LAST_DOUBLING, as_doubles, as_text, tensor_digest
-from trainrt.digest import digest
+from trainrt.record.bits import STAGES, compare_bits, digests_of, first_difference
+from trainrt.record.digest import digest
 
 DTYPES = [
     *(np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int64, np.int32, np.int16, np.int8, np.uint8),

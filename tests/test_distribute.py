@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import replicas_script as script
 
-from trainrt import Run, launch
-from trainrt.checkpoint import Store
+from trainrt import Run
+from trainrt.distribution import launch
+from trainrt.endurance.checkpoint import Store
 
 SCRIPT = Path(script.__file__)
 EQUAL = 1e-5

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from trainrt import findings, statistics
+from trainrt import findings
 from trainrt.experiment import changes
+from trainrt.record import statistics
 
 DOCS = Path(__file__).parent.parent / "docs"
 _spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")

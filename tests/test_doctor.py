@@ -7,8 +7,9 @@ import sys
 import keras
 import pytest
 
-from trainrt import doctor, fused, native
+from trainrt import doctor
 from trainrt.doctor import BROKEN, MISSING, STATUSES, WELL, Check
+from trainrt.update import fused, native
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import trainrt
-from trainrt.checkpoint import Checkpoint
+from trainrt.endurance.checkpoint import Checkpoint
 
 HERE = Path(__file__).parent
 SURROUNDINGS = {**os.environ, "PYTHONPATH": str(Path(trainrt.__file__).parent.parent)}

@@ -16,9 +16,9 @@ from tensorboard.compat.proto import event_pb2, types_pb2
 from tensorboard.data import provider
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from trainrt import events
-from trainrt.record import EARLIER_JOINTS, JOINT, MOMENTS, VERSION, Epoch, Moments, Record
-from trainrt.run import Run
+from trainrt.record import events
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import EARLIER_JOINTS, JOINT, MOMENTS, VERSION, Epoch, Moments, Record
 
 RUN = Run.synthetic(
     steps=7,
@@ -432,6 +432,7 @@ def test_tensorboard_sees_every_tag(tmp_path):
 
 
 def test_reading_needs_neither_tensorflow_nor_keras():
-    code = "import sys, trainrt.run; print(sorted({'tensorflow', 'keras'} & {m.split('.')[0] for m in sys.modules}))"
+    loaded = "{m.split('.')[0] for m in sys.modules}"
+    code = f"import sys, trainrt.record.run; print(sorted({{'tensorflow', 'keras'}} & {loaded}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

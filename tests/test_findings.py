@@ -17,8 +17,8 @@ from trainrt.findings.learning_rate import learning_rate
 from trainrt.findings.nonfinite import nonfinite
 from trainrt.findings.render import render
 from trainrt.findings.series import percentile
-from trainrt.record import Epoch, Parameter, Record, Roster
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Epoch, Parameter, Record, Roster
 
 STEPS = 100
 NAN = float("nan")

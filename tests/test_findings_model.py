@@ -9,7 +9,7 @@ from trainrt.findings import activations, diagnose, model
 from trainrt.findings.examples import learning, stuck
 from trainrt.findings.looks import example, layer, looks, value
 from trainrt.findings.rules import collect
-from trainrt.record import Document
+from trainrt.record.vocabulary import Document
 
 RULES = [*collect(activations), *collect(model)]
 LAYERS = keras.layers
@@ -95,7 +95,7 @@ def _run(layers, loss, rate):
 
 @pytest.fixture(autouse=True)
 def _whatever_it_costs(monkeypatch):
-    from trainrt import probe
+    from trainrt.looks import probe
 
     monkeypatch.setattr(probe.Prober, "_affordable", lambda self, when: True)
 

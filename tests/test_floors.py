@@ -9,17 +9,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "trainrt"
 
+FOLDERS = {"record", "update", "loop", "passport", "looks", "device", "endurance", "distribution"}
+"""Their modules have floors of their own; of any other folder the whole has one."""
+
 FLOORS = (
-    {"record", "digits", "signals", "phases", "launch", "banners"},
+    {"vocabulary", "digits", "signals", "phases", "launch", "banners"},
     {"statistics", "events", "synthetic", "digest", "relation", "windows"},
     {"checkpoint", "run", "doors", "native", "clip", "taps", "resident", "matched", "survey", "pipeline"},
-    {"findings", "moments", "adaptive", "audit", "bits", "forward", "device_words", "trace_reading", "cuda"},
+    {"findings", "moments", "adaptive", "audit", "bits", "forward", "words", "trace_reading", "cuda"},
     {"parity"},
     {"sparse"},
     {"fused", "comparison", "anatomy", "trace"},
     {"generic"},
     {"origin"},
-    {"update", "reference"},
+    {"observer", "reference"},
     {"determinism", "position", "poison"},
     {"replicas"},
     {"sinks", "step", "batches", "environment", "pace", "look", "timing", "telemetry", "retracing"},
@@ -29,14 +32,13 @@ FLOORS = (
     {"lockstep"},
     {"training"},
     {"experiment"},
-    {"loop"},
+    {"fit"},
     {"plugin", "demo", "doctor"},
-    {"report_html"},
     {"cli"},
     {"__main__"},
 )
 READING = {
-    "record",
+    "vocabulary",
     "statistics",
     "events",
     "synthetic",
@@ -46,20 +48,21 @@ READING = {
     "findings",
     "comparison",
     "plugin",
-    "report_html",
     "digits",
     "phases",
-    "device_words",
+    "words",
 }
 LAZY = "__init__"
 
 
 def _unit(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[-1] if parts[0] in FOLDERS else parts[0]
 
 
 def _modules():
-    return [p for p in PACKAGE.rglob("*.py") if "_kernels" not in p.parts and p != PACKAGE / "__init__.py"]
+    empty = {PACKAGE / "__init__.py", *(PACKAGE / folder / "__init__.py" for folder in FOLDERS)}
+    return [p for p in PACKAGE.rglob("*.py") if "_kernels" not in p.parts and p not in empty]
 
 
 def _floor(unit: str) -> int:
@@ -77,13 +80,14 @@ def _imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             names = [node.module]
-            if node.module == "trainrt":
-                names = [f"trainrt.{alias.name}" for alias in node.names]
+            if node.module in ("trainrt", *(f"trainrt.{folder}" for folder in FOLDERS)):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
         for name in names:
             parts = name.split(".")
-            found.add(parts[1] if parts[0] == "trainrt" and len(parts) > 1 else parts[0])
+            deep = len(parts) > 2 and parts[1] in FOLDERS
+            found.add(parts[2 if deep else 1] if parts[0] == "trainrt" and len(parts) > 1 else parts[0])
     return found
 
 
@@ -120,7 +124,7 @@ def _modules_after(code: str) -> set[str]:
     "code",
     [
         "import trainrt",
-        "import trainrt.run",
+        "import trainrt.record.run",
         "from trainrt import Run, Finding, diagnose",
         "import trainrt.cli",
         "import trainrt; trainrt.Run.synthetic(steps=3)",

@@ -10,8 +10,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainrt import adaptive, cuda, moments, native
-from trainrt.record import DEVICE_MOMENTS, JOINT, SLOTS_EVERY, Moments
+from trainrt.record.vocabulary import DEVICE_MOMENTS, JOINT, SLOTS_EVERY, Moments
+from trainrt.update import adaptive, cuda, moments, native
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason=str(native.status().reason))
 
@@ -237,14 +237,14 @@ THREADS = """
 import sys
 import numpy as np, tensorflow as tf
 tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
-from trainrt import native
+from trainrt.update import native
 rng = np.random.default_rng(0)
 parts = (300_001, 0), (99, -30), (200_000, 9)
 x = [tf.constant((rng.standard_normal(n) * 10.0 ** k).astype("float32")) for n, k in parts]
 rows = native.measure(x)
 update, joint = native.observe(x, [a * 1.001 for a in x], x)
 import keras
-from trainrt import fused
+from trainrt.update import fused
 weights = [keras.Variable(a) for a in x]
 adam = keras.optimizers.Adam(0.1)
 adam.build(weights)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from trainrt import launch
+from trainrt.distribution import launch
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import trainrt
-from trainrt.record import Epoch, Record
+from trainrt.record.vocabulary import Epoch, Record
 
 
 def make_model(**compiled):
@@ -152,7 +152,7 @@ def test_stop_training_stops_where_keras_stops(stop_at):
 
 
 def test_steps_run_many_in_a_call_unless_somebody_listens(monkeypatch):
-    from trainrt.step import Step
+    from trainrt.loop.step import Step
 
     calls = []
     run = Step.run
@@ -377,7 +377,8 @@ def test_stock_tensorboard_shows_the_plain_scalars(tmp_path):
 
 
 def test_what_is_found_is_said_once_under_the_bar_and_again_at_the_end(digits, monkeypatch, capsys):
-    from trainrt import demo, journal
+    from trainrt import demo
+    from trainrt.loop import journal
 
     monkeypatch.setattr(journal, "FIRST_LOOK_S", 0.0)
     history = trainrt.fit(demo.build(), *digits, batch_size=8, epochs=30, verbose=2, clip=1e-5)

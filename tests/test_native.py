@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from trainrt import native
+from trainrt.update import native
 
 FAKE = """#!{python}
 import sys, time
@@ -212,13 +212,15 @@ def test_a_library_made_ahead_is_found_without_a_compiler(cache, tmp_path, monke
 
 def test_importing_compiles_nothing(cache, tmp_path):
     environment = {**os.environ, "CXX": shutil.which("false"), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    subprocess.run([sys.executable, "-c", "import trainrt.native, trainrt.fused"], check=True, env=environment)
+    code = "import trainrt.update.native, trainrt.update.fused"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     assert not cache.exists()
 
 
 @pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler")
 def test_the_real_library_builds_loads_and_measures(cache):
-    code = "from trainrt import native; print(native.measure([[3.0, -4.0]]).numpy().tolist(), native.status().built)"
+    shows = "print(native.measure([[3.0, -4.0]]).numpy().tolist(), native.status().built)"
+    code = f"from trainrt.update import native; {shows}"
     for built in (True, False):
         done = subprocess.run(
             [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=dict(os.environ)

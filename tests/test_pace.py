@@ -3,7 +3,7 @@
 import keras
 import pytest
 
-from trainrt.pace import Pace, listens_to_batches
+from trainrt.loop.pace import Pace, listens_to_batches
 
 callbacks = keras.callbacks
 

@@ -81,7 +81,7 @@ def test_what_is_installed_trains_and_finds_its_kernels(built, kind, tmp_path):
     subprocess.run(install, check=True)
     environment = {**os.environ, "PYTHONPATH": str(site)}
     code = (
-        "import keras, trainrt, trainrt.native as n; (x, y), _ = trainrt.digits.load(); "
+        "import keras, trainrt, trainrt.update.native as n; (x, y), _ = trainrt.digits.load(); "
         "m = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(10)]); "
         "m.compile('adam', keras.losses.SparseCategoricalCrossentropy(from_logits=True)); "
         "h = trainrt.fit(m, x[:64], y[:64], verbose=0); print(trainrt.__file__); print(n.sources()); print(len(h.run))"

@@ -18,14 +18,14 @@ from tensorboard.backend.event_processing import data_provider, plugin_event_mul
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
-from trainrt import events, report_html, statistics
-from trainrt.plugin import answers, device, files, summary, tables, wire
+from trainrt.plugin import answers, device, files, report_html, summary, tables, wire
 from trainrt.plugin.app import TrainrtPlugin
 from trainrt.plugin.files import digest, static_files
 from trainrt.plugin.loader import TrainrtLoader
 from trainrt.plugin.sources import Files, Loaded, local
-from trainrt.record import VERSION, Document, Epoch
-from trainrt.run import Run
+from trainrt.record import events, statistics
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import VERSION, Document, Epoch
 
 HOSTILE = "<img src=x onerror=alert(1)>/../../'\";</script>"
 

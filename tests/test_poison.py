@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import trainrt
-from trainrt import poison
+from trainrt.endurance import poison
 from trainrt.findings.poison import taken_back
 
 ROWS, BATCH = 96, 8
@@ -188,7 +188,7 @@ def test_a_step_taken_back_tells_of_its_gradient_alone():
 @pytest.mark.parametrize("eager", [False, True], ids=["graph", "eager"])
 def test_stop_ends_before_the_poisoned_update(eager, monkeypatch):
     # The stop is in the middle of a call.
-    monkeypatch.setattr("trainrt.pace.Pace.took", lambda pace, steps, seconds: setattr(pace, "steps", 6))
+    monkeypatch.setattr("trainrt.loop.pace.Pace.took", lambda pace, steps, seconds: setattr(pace, "steps", 6))
     bad, healthy = poisoned([3])
     stopped, short = make(run_eagerly=eager), make(run_eagerly=eager)
     history = fit(stopped, bad, on_nonfinite="stop")

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import trainrt
-from trainrt import anatomy, forward, look, probe, reference
+from trainrt.looks import anatomy, forward, look, probe, reference
 
 LAYERS = keras.layers
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from trainrt.record import JOINT, MOMENTS, Moments, Parameter, Record, Roster, unique
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import JOINT, MOMENTS, Moments, Parameter, Record, Roster, unique
 
 SPECIAL = [0.0, -0.0, 1.0, -2.5, 1e30, -1e30, 1e-30, 5e-324, 1e-40, np.nan, np.inf, -np.inf]
 elements = st.one_of(st.sampled_from(SPECIAL), st.floats(-1e3, 1e3))

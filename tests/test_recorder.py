@@ -6,9 +6,9 @@ import warnings
 import numpy as np
 import pytest
 
-from trainrt.record import DEVICE_MOMENTS, JOINT, Moments, Parameter, Record, Roster
-from trainrt.recorder import HOST_SCALARS, Recorder
-from trainrt.windows import AROUND
+from trainrt.loop.recorder import HOST_SCALARS, Recorder
+from trainrt.record.vocabulary import DEVICE_MOMENTS, JOINT, Moments, Parameter, Record, Roster
+from trainrt.record.windows import AROUND
 
 PARAMETERS = (Parameter("a/kernel", "a", (3, 2), "float32"), Parameter("a/bias", "a", (2,), "float32"))
 ROSTER = Roster(PARAMETERS, ("gradient", "update", "weight"), ("loss", "learning_rate"))
@@ -121,7 +121,7 @@ def test_the_global_norm_is_that_of_all_weights_and_counts_the_clip():
 
 
 def test_a_sink_that_hangs_costs_resolution_and_no_step_and_nobody_waits(monkeypatch):
-    monkeypatch.setattr("trainrt.recorder.PATIENCE_S", 0.1)
+    monkeypatch.setattr("trainrt.loop.recorder.PATIENCE_S", 0.1)
     released = threading.Event()
 
     class Hangs(Keeps):

@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 
 import trainrt
-from trainrt import doors, lockstep
+from trainrt import doors
+from trainrt.distribution import lockstep
 
 
 @pytest.fixture

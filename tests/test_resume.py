@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import trainrt
-from trainrt.checkpoint import Checkpoint, Store
+from trainrt.endurance.checkpoint import Checkpoint, Store
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*`shuffle=True` was passed:UserWarning"),

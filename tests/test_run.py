@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainrt import events, synthetic
-from trainrt.record import JOINT, SCALAR, Epoch, Moments, Parameter, Record, Roster
-from trainrt.run import Run
+from trainrt.record import events, synthetic
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import JOINT, SCALAR, Epoch, Moments, Parameter, Record, Roster
 
 STEPS = 12
 PARAMETERS = (

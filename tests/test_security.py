@@ -10,8 +10,8 @@ import pytest
 import tensorflow as tf
 
 import trainrt
-from trainrt.checkpoint import Store
-from trainrt.digest import digest_all
+from trainrt.endurance.checkpoint import Store
+from trainrt.record.digest import digest_all
 
 PACKAGE = Path(trainrt.__file__).parent
 RUNS_DATA = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "yaml"}

@@ -10,9 +10,9 @@ from trainrt.findings import program
 from trainrt.findings.examples import learning
 from trainrt.findings.looks import example
 from trainrt.findings.outcome import outcome
-from trainrt.record import Document, Epoch
-from trainrt.run import Run
-from trainrt.survey import Leaf, Survey
+from trainrt.passport.survey import Leaf, Survey
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Document, Epoch
 
 PRICE = {"name": "price", "min": -3.0, "max": 3.0, "mean": [0.0], "std": [2.0], "labels": {"kind": "continuous"}}
 SOLD = {"name": "sold", "min": 0.0, "max": 1.0, "mean": [0.5], "std": [0.5]}

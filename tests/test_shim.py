@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainrt import fused, native, parity
+from trainrt.update import fused, native, parity
 
 pytestmark = [
     pytest.mark.skipif(native.load() is None, reason=str(native.status().reason)),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import trainrt
-from trainrt.signals import Signals, Terminated
+from trainrt.endurance.signals import Signals, Terminated
 
 ASKS = {signal.SIGTERM: Terminated, signal.SIGINT: KeyboardInterrupt}
 CHILD = Path(__file__).with_name("endurance_child.py")

@@ -10,8 +10,8 @@ from tensorboard.data import provider
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from trainrt.record import Epoch, Parameter
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Epoch, Parameter
 from trainrt.sinks.tensorboard import TensorBoard, dashboard
 
 PASSPORT = {"precision": "float32", "optimizer": {"class": "SGD", "config": {"momentum": 0.9}}, "fit": {"clip": 0.5}}

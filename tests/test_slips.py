@@ -8,7 +8,7 @@ import pytest
 
 import trainrt
 from trainrt import cli, digits
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 (X, Y), _ = digits.load()
 X, Y = X[:96], Y[:96]

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainrt import fused, native
-from trainrt.record import DEVICE_MOMENTS, JOINT, Moments
+from trainrt.record.vocabulary import DEVICE_MOMENTS, JOINT, Moments
+from trainrt.update import fused, native
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason=str(native.status().reason))
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from trainrt import statistics
-from trainrt.record import JOINT, Moments, Parameter, Record, Roster
-from trainrt.run import Run
+from trainrt.record import statistics
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import JOINT, Moments, Parameter, Record, Roster
 
 SHAPES = ((7, 3), (1,), (), (0,), (129,))
 SUBJECTS = ("gradient", "update", "weight", "velocity", "momentum")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from trainrt import survey
-from trainrt.survey import FIRST, THINNED, Leaf, Survey, overlap, scheduled
+from trainrt.passport import survey
+from trainrt.passport.survey import FIRST, THINNED, Leaf, Survey, overlap, scheduled
 
 LEAVES = [Leaf("input", ""), Leaf("target", "")]
 ROWS, BATCH = 16_000, 16

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainrt import taps
+from trainrt.update import taps
 
 
 def readers(tensor) -> int:

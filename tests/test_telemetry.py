@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainrt import telemetry
-from trainrt.telemetry import CHUNK, CHUNKS_A_WIDTH, Host, Telemetry, merged
+from trainrt.device import telemetry
+from trainrt.device.telemetry import CHUNK, CHUNKS_A_WIDTH, Host, Telemetry, merged
 
 pytest.importorskip("pynvml", reason="nvidia-ml-py is missing: pip install nvidia-ml-py")
 COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 
 ASK = """
 import json, os
-from trainrt.telemetry import Cards
+from trainrt.device.telemetry import Cards
 cards = Cards()
 samples = [cards.sample() for _ in range(int(os.environ.get("SAMPLES", 2)))]
 print(json.dumps({"cards": cards.cards, "notes": cards.notes, "samples": samples}))

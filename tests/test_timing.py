@@ -10,10 +10,10 @@ import pytest
 import tensorflow as tf
 
 import trainrt
-from trainrt import timing
-from trainrt.retracing import Retracing
-from trainrt.step import Step
-from trainrt.timing import Timing
+from trainrt.device import timing
+from trainrt.device.retracing import Retracing
+from trainrt.device.timing import Timing
+from trainrt.loop.step import Step
 
 
 def model_of(**compiled):

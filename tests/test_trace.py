@@ -10,11 +10,11 @@ import tensorflow as tf
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
 import trainrt
-from trainrt import trace, trace_reading
-from trainrt.device_words import trace_lines
+from trainrt.device import trace, trace_reading
+from trainrt.device.phases import PHASES, Scopes, layers_of
+from trainrt.device.words import trace_lines
 from trainrt.findings import diagnose, findings_of_time
-from trainrt.phases import PHASES, Scopes, layers_of
-from trainrt.record import Document
+from trainrt.record.vocabulary import Document
 
 START, STOP = 6, 11
 

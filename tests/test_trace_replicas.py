@@ -7,7 +7,7 @@ import pytest
 import test_distribute
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-from trainrt import trace_reading
+from trainrt.device import trace_reading
 
 STEPS = [4, 7]
 

@@ -9,8 +9,9 @@ import pytest
 import tensorflow as tf
 
 import trainrt
-from trainrt import doors, native
-from trainrt.record import SLOTS_EVERY, Moments
+from trainrt import doors
+from trainrt.record.vocabulary import SLOTS_EVERY, Moments
+from trainrt.update import native
 
 
 def _optimizers():

@@ -14,31 +14,31 @@ if TYPE_CHECKING:  # what `__getattr__` finds, for editors and type checkers
     from trainrt import clip as clip
     from trainrt import determinism as determinism
     from trainrt import digits as digits
-    from trainrt.checkpoint import Checkpoint as Checkpoint
     from trainrt.comparison import compare as compare
+    from trainrt.endurance.checkpoint import Checkpoint as Checkpoint
     from trainrt.experiment import explain as explain
     from trainrt.experiment import lr_range as lr_range
     from trainrt.findings import Finding as Finding
     from trainrt.findings import diagnose as diagnose
-    from trainrt.loop import fit as fit
-    from trainrt.run import Run as Run
-    from trainrt.statistics import statistic as statistic
+    from trainrt.loop.fit import fit as fit
+    from trainrt.record.run import Run as Run
+    from trainrt.record.statistics import statistic as statistic
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "fit": "trainrt.loop",
+    "fit": "trainrt.loop.fit",
     "clip": "trainrt.clip",
-    "Checkpoint": "trainrt.checkpoint",
+    "Checkpoint": "trainrt.endurance.checkpoint",
     "determinism": "trainrt.determinism",
     "digits": "trainrt.digits",
-    "Run": "trainrt.run",
+    "Run": "trainrt.record.run",
     "Finding": "trainrt.findings",
     "diagnose": "trainrt.findings",
     "compare": "trainrt.comparison",
     "explain": "trainrt.experiment",
     "lr_range": "trainrt.experiment",
-    "statistic": "trainrt.statistics",
+    "statistic": "trainrt.record.statistics",
 }
 
 __all__ = sorted(_HOME)

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from trainrt import __version__
 from trainrt.banners import load_tensorflow
 from trainrt.determinism import commands as determinism
-from trainrt.record import unique
+from trainrt.record.vocabulary import unique
 
 if TYPE_CHECKING:
     from trainrt.findings import Finding
-    from trainrt.run import Run
+    from trainrt.record.run import Run
 
 BAD_INPUT = 2
 """Exit status when what was asked for is not there; argparse uses it too."""
@@ -131,7 +131,7 @@ def _at_least(least: int, text: str) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from trainrt.findings import diagnose
-    from trainrt.run import Run
+    from trainrt.record.run import Run
 
     if not options.logdir.exists():
         return _refuse(
@@ -168,7 +168,7 @@ def _report(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from trainrt.comparison import compare
     from trainrt.comparison.render import render
-    from trainrt.run import Run
+    from trainrt.record.run import Run
 
     if options.bits:
         return _compare_bits(options)
@@ -193,8 +193,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _compare_bits(options: argparse.Namespace) -> int:
     """0: identical; 1: they differ, or nothing was recorded that proves it."""
-    from trainrt.bits import compare_bits
-    from trainrt.run import Run
+    from trainrt.record.bits import compare_bits
+    from trainrt.record.run import Run
 
     try:
         verdicts = [compare_bits(Run.open(options.good), Run.open(bad)) for bad in options.bad]
@@ -211,7 +211,7 @@ def _compare_bits(options: argparse.Namespace) -> int:
 
 
 def _write_comparison(file: Path, named: list[tuple[str, Run]]) -> int:
-    from trainrt import report_html
+    from trainrt.plugin import report_html
 
     names = unique(name for name, _ in named)
     try:
@@ -223,7 +223,7 @@ def _write_comparison(file: Path, named: list[tuple[str, Run]]) -> int:
 
 
 def _write_page(file: Path, logdir: Path, paths: list[Path], runs: list[Run]) -> int:
-    from trainrt import report_html
+    from trainrt.plugin import report_html
 
     names = [path.relative_to(logdir).as_posix() if path.is_relative_to(logdir) else str(path) for path in paths]
     named = [(path.name if name == "." else name, run) for name, path, run in zip(names, paths, runs, strict=True)]
@@ -237,7 +237,7 @@ def _write_page(file: Path, logdir: Path, paths: list[Path], runs: list[Run]) ->
 
 def _kernels(options: argparse.Namespace) -> int:
     load_tensorflow()
-    from trainrt import cuda, native
+    from trainrt.update import cuda, native
 
     if options.action == "clean":
         removed = native.clean()
@@ -262,7 +262,7 @@ def _build_gpu(options: argparse.Namespace) -> int:
     """The GPU kernels too, where that was asked for, or there is a GPU and what it takes."""
     import tensorflow as tf
 
-    from trainrt import cuda, native
+    from trainrt.update import cuda, native
 
     wanted = options.gpu if options.gpu is not None else bool(tf.config.list_physical_devices("GPU"))
     if not wanted:
@@ -284,7 +284,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _launch(options: argparse.Namespace) -> int:
-    from trainrt import launch
+    from trainrt.distribution import launch
 
     if not Path(options.script).is_file():
         what = "is no file" if Path(options.script).exists() else "does not exist"
@@ -342,7 +342,7 @@ def _print_report(path: Path, run: Run, findings: list[Finding]) -> None:
 
 def summary(run: Run) -> list[tuple[str, str]]:
     """A run in a few labelled lines: what trained, how far it came, how it ended, what could not be read."""
-    from trainrt import device_words
+    from trainrt.device import words as device_words
 
     environment = run.environment or {}
     lines: list[tuple[str, str]] = []

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import tensorflow as tf
 
-from trainrt.record import DEVICE_MOMENTS
+from trainrt.record.vocabulary import DEVICE_MOMENTS
 
 Clip = Callable[[tf.Tensor], tf.Tensor]
 """[P, 6] float64 moments of the gradients (columns as in `record.DEVICE_MOMENTS`; a NaN row is a weight without a

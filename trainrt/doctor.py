@@ -200,7 +200,7 @@ def _decoded(value: Any) -> str:
 
 
 def _compiler() -> Check:
-    from trainrt import native
+    from trainrt.update import native
 
     found = native.status().compiler
     if found:
@@ -209,7 +209,7 @@ def _compiler() -> Check:
 
 
 def _kernels() -> Check:
-    from trainrt import native
+    from trainrt.update import native
 
     if native.status().pending and native.status().compiler:
         native.load()
@@ -224,7 +224,7 @@ def _gpu_kernels() -> Check:
     """Whether updates on a GPU have kernels. They are built where there is a GPU to build them for."""
     import tensorflow as tf
 
-    from trainrt import cuda
+    from trainrt.update import cuda
 
     there = bool(tf.config.list_physical_devices("GPU"))
     reason = cuda.load() if there else cuda.status().reason
@@ -241,7 +241,7 @@ def _updates() -> Check:
     """Which update each of Keras's optimizers takes for a plain float32 weight."""
     import keras
 
-    from trainrt import fused
+    from trainrt.update import fused
 
     paths: dict[str, list[str]] = {}
     for kind in _optimizers():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from trainrt import events
+from trainrt.record import events
 
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

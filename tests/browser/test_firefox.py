@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from trainrt import report_html
-from trainrt.run import Run
+from trainrt.plugin import report_html
+from trainrt.record.run import Run
 
 from .conftest import HOME, PREFERENCES, Server
 

@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from trainrt import events, report_html
-from trainrt.record import Document
-from trainrt.run import Run
+from trainrt.plugin import report_html
+from trainrt.record import events
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Document
 
 from .conftest import Writer
 
@@ -329,7 +330,7 @@ def test_markup_from_a_run_is_shown_and_not_run(tab, serve, tmp_path):
 
 
 def test_a_record_that_cannot_be_read_says_so(tab, serve, tmp_path):
-    from trainrt import events
+    from trainrt.record import events
 
     writer = Writer(tmp_path / "newer", Run.synthetic(3))
     writer.file.write_bytes(b"")

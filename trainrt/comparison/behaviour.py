@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from trainrt import bits
 from trainrt.comparison.difference import BACKWARD, FORWARD, START, UPDATE
 from trainrt.findings.series import loss_trend, percentile
-from trainrt.record import GRADIENT, WEIGHT
-from trainrt.record import UPDATE as UPDATES
-from trainrt.run import Run
+from trainrt.record import bits
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import GRADIENT, WEIGHT
+from trainrt.record.vocabulary import UPDATE as UPDATES
 
 STATISTICS = ("gradient_norm", "update_ratio", "clip_scale", "weight_norm", "gradient_zero_share", "unchanged_share")
 """What is followed in each layer, with the loss: from the backward pass to what it leaves."""

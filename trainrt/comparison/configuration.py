@@ -24,7 +24,7 @@ from trainrt.comparison.difference import (
     saturating,
 )
 from trainrt.findings.series import percentile
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 CONFIGURATION = "configuration"
 EARLY = 50

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trainrt.comparison.difference import FORWARD, NOWHERE, Difference, said, saturating
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 DATA = "data"
 NOISE = 0.1

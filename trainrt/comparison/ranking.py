@@ -18,7 +18,7 @@ from trainrt.comparison import configuration, data, surroundings
 from trainrt.comparison.behaviour import Departure, Start, departures, outcome, start
 from trainrt.comparison.difference import BACKWARD, FORWARD, KINDS, NOWHERE, START, UPDATE, Difference, plain
 from trainrt.findings import Finding, Rule, diagnose
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 STAGES = (START, FORWARD, BACKWARD, UPDATE)
 

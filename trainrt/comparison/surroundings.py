@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainrt.comparison.difference import Difference, said
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 ENVIRONMENT = "environment"
 

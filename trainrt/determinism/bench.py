@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import trainrt
-from trainrt.bits import compare_bits
 from trainrt.determinism.prove import CHILD, ScriptFailed, launch
-from trainrt.run import Run
+from trainrt.record.bits import compare_bits
+from trainrt.record.run import Run
 
 MODES = ("fast+xla", "fast", "deterministic", "deterministic+xla")
 """XLA is in Keras's fast mode on a GPU and not in its deterministic one, so the two questions are asked apart."""

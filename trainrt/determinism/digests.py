@@ -1,7 +1,7 @@
-"""Exact digests of what a step reads and writes, computed in the step itself: `trainrt.digest` in TensorFlow's ops.
+"""Exact digests of what a step reads and writes, computed in the step itself: `record.digest` in TensorFlow's ops.
 
 Order of stages in a step: batch, random state, layer output, loss, gradient, slot, variable. The first of them that
-differs between two runs is where they part; `trainrt.bits` finds it.
+differs between two runs is where they part; `trainrt.record.bits` finds it.
 
 Sums are of int64 modulo 2^64, exact in any order, so no switch has to be on for them. No tensor of int32 is touched:
 TensorFlow's kernels for these live in host memory, and a GPU would copy the whole tensor to the host.
@@ -19,11 +19,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainrt import doors, taps
-from trainrt.bits import STAGES
-from trainrt.digest import FIRST, GOLDEN, SECOND, digest
+from trainrt import doors
 from trainrt.doors import replaced
-from trainrt.record import unique
+from trainrt.record.bits import STAGES
+from trainrt.record.digest import FIRST, GOLDEN, SECOND, digest
+from trainrt.record.vocabulary import unique
+from trainrt.update import taps
 
 LAST_DOUBLING = 1024
 """Variables are digested after steps 1, 2, 4, ... up to this many, and then each time as many have run."""
@@ -86,7 +87,7 @@ _GOLDEN, _FIRST, _SECOND = (int(np.int64(np.uint64(c).astype(np.int64))) for c i
 
 
 def tensor_digest(tensor: tf.Tensor) -> tf.Tensor:
-    """[] int64: the bits of `trainrt.digest.digest` of a tensor, in any order of summing, on any device."""
+    """[] int64: the bits of `trainrt.record.digest.digest` of a tensor, in any order of summing, on any device."""
     words = _words(tensor)
     places = tf.range(tf.size(words, tf.int64), dtype=tf.int64)
     h = words + places * _GOLDEN

@@ -20,8 +20,8 @@ import numpy as np
 import tensorflow as tf
 
 from trainrt import doors
-from trainrt.bits import depends_on
-from trainrt.digest import digest_all
+from trainrt.record.bits import depends_on
+from trainrt.record.digest import digest_all
 
 XLA = "xla"
 """The value of `deterministic` that asks for XLA as well."""

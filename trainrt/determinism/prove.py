@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainrt import events
-from trainrt.bits import Verdict, compare_bits
-from trainrt.record import Document
-from trainrt.run import CERTIFICATE, Run
+from trainrt.record import events
+from trainrt.record.bits import Verdict, compare_bits
+from trainrt.record.run import CERTIFICATE, Run
+from trainrt.record.vocabulary import Document
 
 CHILD = (sys.executable, "-m", "trainrt.determinism.child")
 

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from trainrt import doors
 from trainrt.clip import Clip
-from trainrt.update import Observer
+from trainrt.update.observer import Observer
 
 MEASURED_ROWS = 512
 """Rows on which the loss before and after is taken: enough that one row does not count, few enough to cost little."""

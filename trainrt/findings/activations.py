@@ -10,7 +10,7 @@ from trainrt.findings.finding import Finding, shorten
 from trainrt.findings.looks import layers, looks, span, value
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 POOR = 0.6
 """Skill under which what the units do is a fault; see `outcome`."""

@@ -13,8 +13,8 @@ from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
 from trainrt.findings.series import falls_late, loss_trend, pace, percentile, scalar
-from trainrt.record import WEIGHT
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import WEIGHT
 
 POOR = 0.6
 NOTHING = 0.15
@@ -256,7 +256,7 @@ def oscillation(run: Run) -> Iterator[Finding]:
              by chance.
 
     >>> from trainrt.findings.examples import learning, stuck
-    >>> from trainrt.record import Epoch
+    >>> from trainrt.record.vocabulary import Epoch
     >>> run = learning()
     >>> run.epochs = [Epoch(i, 9 * i, {"val_accuracy": 0.9 - 0.3 * (i % 2), "accuracy": 0.8}) for i in range(12)]
     >>> [finding.causes[0] for finding in oscillation(run)]

@@ -12,7 +12,7 @@ from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
 from trainrt.findings.series import falls_late, loss_trend, pace, percentile, scalar
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 FEW = 100
 """Updates under which even a good run has hardly begun: at 1e-3 of a kernel's size each, they move it by a tenth."""

@@ -12,7 +12,7 @@ from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 LARGE = 5.0
 """Root mean square of an input feature from which on its weights' gradients outweigh the bias's 25-fold. Unit variance

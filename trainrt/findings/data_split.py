@@ -13,7 +13,7 @@ from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
 from trainrt.findings.series import scalar
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 MIXED = 0.7
 """Entropy of the labels within batches over that of shuffled ones."""

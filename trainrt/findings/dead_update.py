@@ -21,8 +21,8 @@ from trainrt.findings.series import (
     percentile,
     scalar,
 )
-from trainrt.record import GRADIENT, UPDATE, WEIGHT, Moments, Parameter
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import GRADIENT, UPDATE, WEIGHT, Moments, Parameter
 
 UNCHANGED = 0.99
 """Share of the pushed elements that must stay bit-identical."""

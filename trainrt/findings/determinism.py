@@ -9,7 +9,7 @@ from typing import Any
 from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.rules import about, rule
-from trainrt.run import CERTIFICATE, Run
+from trainrt.record.run import CERTIFICATE, Run
 
 NONLINEAR = frozenset({"Adam", "AdamW", "Nadam", "Adamax", "RMSprop", "Adagrad", "Adadelta", "Adafactor", "Ftrl"})
 """Optimizers whose step is no linear function of the gradient: steps of its parts do not add up to the step of it."""
@@ -73,7 +73,7 @@ def varying_op(run: Run) -> Iterator[Finding]:
     Source:  measured on TensorFlow 2.21; the preflight's table of ops.
 
     >>> from trainrt.findings.examples import learning
-    >>> from trainrt.record import Document
+    >>> from trainrt.record.vocabulary import Document
     >>> issue = {"op": "DenseBincount", "effect": "varies", "where": "CPU", "layer": "count", "why": "threads race",
     ...          "remedy": "use unsorted_segment_sum"}
     >>> run = learning()
@@ -110,7 +110,7 @@ def through_the_host(run: Run) -> Iterator[Finding]:
     Source:  TensorFlow 2.21, `DoScatterOnCpu`; the preflight's table of ops. Read there, not measured on a GPU.
 
     >>> from trainrt.findings.examples import learning
-    >>> from trainrt.record import Document
+    >>> from trainrt.record.vocabulary import Document
     >>> issue = {"op": "ResourceScatterSub", "effect": "host copy", "where": "GPU", "layer": "words/embeddings",
     ...          "bytes": 160000000, "why": "the whole table is copied", "remedy": "sum_duplicates=True"}
     >>> run = learning()

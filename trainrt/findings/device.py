@@ -14,8 +14,8 @@ import numpy as np
 from trainrt.findings.finding import Finding
 from trainrt.findings.rules import about, rule
 from trainrt.findings.series import percentile, scalar
-from trainrt.record import Document  # noqa: F401 - for the examples
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Document  # noqa: F401 - for the examples
 
 NOTICED_S = 2.0
 """Seconds of a training that are worth a word when they are a large share of it."""

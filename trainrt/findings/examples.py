@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from trainrt.record import Document, Epoch, Parameter
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Document, Epoch, Parameter
 
 STEPS = 200
 INPUT = {"name": "", "dtype": "float32", "min": -3.0, "max": 3.0, "nan_share": 0.0, "inf_share": 0.0, "zero_share": 0.0}

@@ -12,7 +12,7 @@ from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
 from trainrt.findings.series import penalty, scalar
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 POOR = 0.65
 """Skill under which a regulariser is a fault; see `outcome`. Classes survive probabilities that are squashed."""

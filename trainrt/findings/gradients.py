@@ -13,8 +13,8 @@ from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
 from trainrt.findings.series import percentile
-from trainrt.record import GRADIENT, UPDATE, WEIGHT
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import GRADIENT, UPDATE, WEIGHT
 
 POOR = 0.6
 """Skill under which a gradient is a fault; see `outcome`."""
@@ -42,7 +42,7 @@ def vanishing(run: Run) -> Iterator[Finding]:
 
     >>> from trainrt.findings.examples import learning, stuck
     >>> deep = [f"layer{i}/kernel" for i in range(8)]
-    >>> from trainrt.record import Parameter
+    >>> from trainrt.record.vocabulary import Parameter
     >>> deep = [Parameter(path, path[:6], (16, 16), "float32") for path in deep]
     >>> small = np.geomspace(1e-7, 1, 8) * np.ones((200, 1))
     >>> [finding.causes[0] for finding in vanishing(stuck(parameters=deep, gradient_norm=small))]
@@ -244,7 +244,7 @@ def exploding(run: Run) -> Iterator[Finding]:
     Source:  Zhang et al., AUTOTRAINER, 2021 (ratio 70).
 
     >>> from trainrt.findings.examples import learning, stuck
-    >>> from trainrt.record import Parameter
+    >>> from trainrt.record.vocabulary import Parameter
     >>> deep = [Parameter(f"layer{i}/kernel", f"layer{i}", (16, 16), "float32") for i in range(8)]
     >>> large = np.geomspace(1e4, 1, 8) * np.ones((200, 1))
     >>> [finding.causes[0] for finding in exploding(stuck(parameters=deep, gradient_norm=large))]

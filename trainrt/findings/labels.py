@@ -9,7 +9,7 @@ from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 MEMORISED = 0.25
 """Skill on the training data that only memory explains, where there is none on the validation data."""

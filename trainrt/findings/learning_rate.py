@@ -22,8 +22,8 @@ from trainrt.findings.series import (
     percentile,
     scalar,
 )
-from trainrt.record import GRADIENT, UPDATE, WEIGHT
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import GRADIENT, UPDATE, WEIGHT
 
 LOW, HIGH = 1e-4, 1e-1
 """The band of update over weight, a step, in which kernels usually learn."""
@@ -68,7 +68,7 @@ def learning_rate(run: Run) -> Iterator[Finding]:
              tenth of the learning rate, a warm-up, or scaled inputs.
     Source:  Schoop et al., UMLAUT, 2021; Ben Braiek & Khomh, TheDeepChecker, 2022: log10 of the ratio in -4..-1.
 
-    >>> from trainrt.record import Parameter
+    >>> from trainrt.record.vocabulary import Parameter
     >>> kernel = [Parameter("dense/kernel", "dense", (8, 8), "float32")]
     >>> stuck = np.linspace(2.30, 2.28, 64)
     >>> run = Run.synthetic(64, kernel, gradient_norm=1.0, update_ratio=1e-6, clip_scale=1e-4, loss=stuck)

@@ -1,4 +1,4 @@
-"""What the probes of a run saw, as rules read it; see `trainrt.probe` for the content of a look."""
+"""What the probes of a run saw, as rules read it; see `trainrt.looks.probe` for the content of a look."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from trainrt.record import Document
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Document
 
 
 def looks(run: Run) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from trainrt.findings.looks import looks, span, value
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
 from trainrt.findings.series import scalar
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 POOR = 0.6
 LEARNS = 0.3
@@ -118,7 +118,7 @@ def fragile_loss(run: Run) -> Iterator[Finding]:
 
     >>> from trainrt.findings.examples import learning, stuck
     >>> from trainrt.findings.looks import example
-    >>> from trainrt.record import Document
+    >>> from trainrt.record.vocabulary import Document
     >>> mine = Document("model", 0, {"losses": [{"name": "mine", "custom": True}]})
     >>> sharp = example(0, reference={"constant": 2.3, "perfect": 0.02, "opposite": 6.2, "exact": "nan"})
     >>> [f.causes[0] for f in fragile_loss(stuck(documents=[mine, sharp], losses=[math.nan] * 200))]

@@ -10,7 +10,7 @@ from trainrt.findings import program
 from trainrt.findings.finding import Finding, shorten
 from trainrt.findings.rules import rule
 from trainrt.findings.series import percentile, scalar
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 GREW = 10.0
 """Growth of a norm over its own median, shortly before, that makes the first NaN the end of a divergence."""

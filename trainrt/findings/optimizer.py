@@ -12,8 +12,8 @@ from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
 from trainrt.findings.series import kernel_ratio, kernels, loss_trend, middle, percentile, scalar
-from trainrt.record import GRADIENT, UPDATE, WEIGHT
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import GRADIENT, UPDATE, WEIGHT
 
 POOR = 0.6
 """Skill under which a setting is a fault; see `outcome`."""

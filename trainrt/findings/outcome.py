@@ -26,7 +26,7 @@ from trainrt.findings import program
 from trainrt.findings.looks import looks
 from trainrt.findings.looks import value as number
 from trainrt.findings.series import falls_late, loss_trend, penalty, scalar
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 NAN = float("nan")
 ACCURACIES = ("accuracy", "acc", "categorical_accuracy", "sparse_categorical_accuracy", "binary_accuracy")

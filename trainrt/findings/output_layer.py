@@ -10,7 +10,7 @@ from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 LEARNT = 0.8
 """Skill from which on a contradiction is told as an info: Keras clips and normalises, and some of them still learn."""

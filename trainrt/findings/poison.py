@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from trainrt.findings.finding import Finding
 from trainrt.findings.rules import rule
-from trainrt.record import Document  # noqa: F401 - the examples use it
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Document  # noqa: F401 - the examples use it
 
 
 @rule

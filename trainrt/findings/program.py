@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 NORMALISERS = frozenset(
     {

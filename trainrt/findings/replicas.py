@@ -7,8 +7,8 @@ from typing import Any
 
 from trainrt.findings.finding import Finding, shorten
 from trainrt.findings.rules import rule
-from trainrt.record import Document  # noqa: F401 - the examples use it
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Document  # noqa: F401 - the examples use it
 
 
 @rule

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trainrt.findings.finding import SEVERITIES, TIME_CAUSES, Finding
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 Rule = Callable[[Run], Iterator[Finding]]
 

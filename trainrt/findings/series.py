@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from trainrt.record import UPDATE, WEIGHT, Moments
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import UPDATE, WEIGHT, Moments
 
 
 def observed(run: Run, update: Moments) -> np.ndarray:

@@ -12,7 +12,7 @@ from trainrt.comparison.ranking import LIKELY, contrast
 from trainrt.findings import SEVERITIES, Finding
 from trainrt.findings.series import loss_trend
 from trainrt.plugin import device, summary, tables, wire
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 MOST_COLUMNS, MOST_ROWS, MOST_STATISTICS = 2000, 12, 40
 UNLIKE = 0.05

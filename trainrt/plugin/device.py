@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from trainrt.plugin.tables import Columns
-from trainrt.run import Run
+from trainrt.record.run import Run
 
 PREFIX = "device/"
 PROCESS = ("cpu_cores", "machine_cpu", "rss_bytes")
@@ -19,7 +19,7 @@ CARD = ("utilisation", "memory_bytes", "power_w", "temperature_c", "sm_mhz")
 def samples(run: Run) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Steps [S], never falling, and name -> values [S], NaN where nothing was told; of nonsense in a record nothing.
 
-    >>> from trainrt.record import Document
+    >>> from trainrt.record.vocabulary import Document
     >>> told = {"samples": {"step": [3, 9], "cpu_cores": [1.5, None], "gpu1/power_w": [200, 210], "time": [0, 1]}}
     >>> steps, values = samples(Run.synthetic(documents=[Document("telemetry", 9, told)]))
     >>> steps.tolist(), {name: v.tolist() for name, v in values.items()}

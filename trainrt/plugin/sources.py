@@ -23,8 +23,8 @@ from tensorboard import context
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 from tensorboard.data import provider
 
-from trainrt import events
-from trainrt.run import Run
+from trainrt.record import events
+from trainrt.record.run import Run
 
 LISTING_S = 1.0
 """A listing is as fresh as this; a page asks several questions at once."""

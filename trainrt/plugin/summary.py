@@ -8,11 +8,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from trainrt import device_words
+from trainrt.device import words as device_words
 from trainrt.findings import diagnose
 from trainrt.plugin import device, tables
-from trainrt.record import Document  # noqa: F401 - for the examples
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Document  # noqa: F401 - for the examples
 
 PATIENCE = 20
 """A run that is still written to is judged again after so many times what judging took: at most 5 % of a core."""

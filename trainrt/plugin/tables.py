@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainrt import statistics
-from trainrt.record import Moments
-from trainrt.run import Run
+from trainrt.record import statistics
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Moments
 
 FINE, MISSING, ZERO, NONFINITE = range(4)
 """States of a cell: a number; not measured; exactly zero; something in it was NaN or infinite."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from trainrt.record import Document, Epoch, Record, Roster
+from trainrt.record.vocabulary import Document, Epoch, Record, Roster
 
 
 class Sink(Protocol):

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainrt.record import Document, Epoch, Record, Roster
-from trainrt.run import Run
+from trainrt.record.run import Run
+from trainrt.record.vocabulary import Document, Epoch, Record, Roster
 
 
 class Memory:

@@ -21,8 +21,8 @@ from tensorboard.plugins.hparams import api_pb2
 from tensorboard.plugins.hparams import summary as sessions
 from tensorboard.plugins.hparams import summary_v2 as hparams
 
-from trainrt import events
-from trainrt.record import JOINT, UPDATE, WEIGHT, Document, Epoch, Moments, Record, Roster
+from trainrt.record import events
+from trainrt.record.vocabulary import JOINT, UPDATE, WEIGHT, Document, Epoch, Moments, Record, Roster
 
 BUCKETS = 30
 """Of the histogram of update over weight; TensorBoard draws as many."""

@@ -1,0 +1,1 @@
+"""Several replicas and several workers train as one."""

@@ -1,0 +1,1 @@
+"""A training survives: checkpoints and resumption, signals, poisoned steps."""
