@@ -65,17 +65,14 @@ def compare(make, steps, scales=False):
         rows = isinstance(g, tf.IndexedSlices)
         return tf.IndexedSlices(g.values * s, g.indices, g.dense_shape) if rows else g * s
 
-    keras_step = tf.function(
-        lambda gs, scale: reference.apply(
-            [times(g, s) for g, s in zip(gs, scale, strict=True)] if scales else gs, theirs
-        )
-    )
+    keras_step = tf.function(lambda gs: reference.apply(gs, theirs))
     step = tf.function(lambda gs, scale: update.apply(gs, tf.stack(scale) if scales else None) and None)
     rng = np.random.default_rng(1)
     for t in range(steps):
         gs = gradients(rng, t)
         scale = [tf.constant(x, tf.float32) for x in rng.uniform(0.1, 1, 4)]
-        keras_step(gs, scale)
+        # Outside of the graph, where Grappler could merge the scale with the optimizer's own factors.
+        keras_step([times(g, s) for g, s in zip(gs, scale, strict=True)] if scales else gs)
         step(gs, scale)
         if t < 10 or t % 20 == 0 or t == steps - 1:
             for a, b in zip([*theirs, *reference.variables], [*ours, *optimizer.variables], strict=True):
@@ -95,7 +92,7 @@ def test_what_surrounds_a_sparse_update_is_keras_s(kind, extra):
 
 
 def test_a_scale_multiplies_the_rows():
-    for kind in (keras.optimizers.SGD, keras.optimizers.Adam):
+    for kind in (keras.optimizers.Adam, keras.optimizers.Adamax):  # which do not multiply the gradient themselves
         compare(lambda kind=kind: kind(0.05), 10, scales=True)
 
 
@@ -150,14 +147,16 @@ def test_nothing_is_made_dense_that_keras_does_not_make_dense():
 
 
 def test_weights_that_are_all_sparse_are_updated_too():
-    results = []
-    for fuse in (False, True):
+    def end(fuse):
         its = weights()[:1]
         optimizer = keras.optimizers.Adam(0.1)
         optimizer.build(its)
-        apply = fused.plan(optimizer, its).apply if fuse else lambda gs, o=optimizer, its=its: o.apply(gs, its)
-        step = tf.function(lambda gs, apply=apply: apply(gs) and None, autograph=False)
+        update = fused.plan(optimizer, its)
+        step = tf.function(lambda gs: (update.apply(gs) if fuse else optimizer.apply(gs, its)) and None)
         for t in range(3):
             step(gradients(np.random.default_rng(t), t)[:1])
-        results.append(np.concatenate([its[0].value.numpy().ravel(), [int(optimizer.iterations)]]))
-    np.testing.assert_array_equal(*results)
+        return its[0].value.numpy(), int(optimizer.iterations)
+
+    (ours, steps), (theirs, _) = end(True), end(False)
+    assert steps == 3
+    assert ours.tobytes() == theirs.tobytes()
