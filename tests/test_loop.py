@@ -342,7 +342,7 @@ def test_history_carries_the_run_and_what_is_on_disk_is_the_same(tmp_path):
     assert disk.roster == history.run.roster
     assert [dict(e.logs) for e in disk.epochs] == [dict(e.logs) for e in history.run.epochs]
     assert disk.epochs[-1].logs["val_loss"] == history.history["val_loss"][-1]
-    assert history.findings == []
+    assert [f.rule for f in trainrt.diagnose(disk)] == [f.rule for f in history.findings]
     assert disk.end["how"] == "finished"
 
 
