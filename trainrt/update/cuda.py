@@ -105,10 +105,10 @@ def build(
         raise native.BuildError(f"No C++ compiler was found, which nvcc needs. {_LOST} Install g++ or set CXX.")
     flags = architectures() if flags is None else tuple(flags)
 
-    def compile(scratch: Path) -> Path:
+    def made(scratch: Path) -> Path:
         return _compile(cuda.path, host.path, flags, scratch)
 
-    return native.publish("gpu", _name(flags), _compilers(cuda, host), compile, force, directory)
+    return native.publish("gpu", _name(flags), _compilers(cuda, host), made, force, directory)
 
 
 def load() -> str | None:

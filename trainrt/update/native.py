@@ -146,17 +146,17 @@ def build(force: bool = False, target: str = "native", directory: str | os.PathL
     if compiler is None:
         raise BuildError(f"No C++ compiler was found. {_LOST} Install g++ or set CXX.")
 
-    def compile(scratch: Path) -> Path:
+    def made(scratch: Path) -> Path:
         return _compile(compiler, target, scratch)
 
-    return publish("ops", key(target), compiler.digest, compile, force, directory)
+    return publish("ops", key(target), compiler.digest, made, force, directory)
 
 
 def publish(
     kind: str,
     name: str,
     compiler: str,
-    compile: Callable[[Path], Path],
+    make: Callable[[Path], Path],
     force: bool = False,
     directory: str | os.PathLike[str] | None = None,
 ) -> Path:
@@ -164,11 +164,11 @@ def publish(
 
     Args:
       kind, name, compiler: The first parts of the file's name: see the module.
-      compile: Given an empty directory, makes the library in it.
+      make: Given an empty directory, makes the library in it.
       force, directory: As `build` takes them.
 
     Raises:
-      BuildError: No private directory, or what `compile` raises.
+      BuildError: No private directory, or what `make` raises.
     """
     home = Path(directory) if directory is not None else cache()
     try:
@@ -185,7 +185,7 @@ def publish(
     except OSError as error:
         raise BuildError(f"{home} cannot be written ({error.strerror}). {_LOST} Set TRAINRT_CACHE.") from error
     try:
-        library = compile(scratch)
+        library = make(scratch)
         os.chmod(library, 0o755 if directory is not None else 0o700)
         ready = home / f"{kind}-{name}-{compiler}-{_digest(library)}.so"
         os.replace(library, ready)
