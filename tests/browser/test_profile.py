@@ -52,7 +52,7 @@ def test_the_profile_tab_shows_the_steps_and_the_phases(browser, serve, traced):
     try:
         page = context.new_page()
         page.goto(f"{server.url}#profile")
-        assert page.get_by_role("tab", name="Profile").count()
+        page.get_by_role("tab", name="Profile").first.wait_for(timeout=60_000)
         for _ in range(240):  # the tab makes its frame without an address, and goes there later
             shown = [f for f in page.frames if "plugin/profile" in f.url]
             if shown and "Performance Summary" in shown[0].evaluate("document.body.innerText"):
