@@ -18,6 +18,14 @@ ASKS = {signal.SIGTERM: Terminated, signal.SIGINT: KeyboardInterrupt}
 CHILD = Path(__file__).with_name("endurance_child.py")
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell starts what runs in its background with SIGINT ignored, and trainrt leaves it at that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def fit(callbacks=(), epochs=3, **keywords):
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.layers.Input([4]), keras.layers.Dropout(0.5), keras.layers.Dense(1)])
