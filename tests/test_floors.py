@@ -15,6 +15,7 @@ FOLDERS = {"record", "update", "loop", "passport", "looks", "device", "endurance
 FLOORS = (
     {"vocabulary", "digits", "signals", "phases", "launch", "banners"},
     {"statistics", "events", "synthetic", "digest", "relation", "windows"},
+    {"event_files", "columns"},
     {"checkpoint", "run", "doors", "native", "clip", "taps", "resident", "matched", "survey", "pipeline"},
     {"findings", "moments", "adaptive", "audit", "bits", "forward", "words", "trace_reading", "cuda"},
     {"parity"},
@@ -43,6 +44,8 @@ READING = {
     "events",
     "synthetic",
     "digest",
+    "columns",
+    "event_files",
     "run",
     "bits",
     "findings",

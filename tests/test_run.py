@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainrt.record import events, synthetic
+from trainrt.record import columns, events, synthetic
 from trainrt.record.run import Run
-from trainrt.record.vocabulary import JOINT, SCALAR, Epoch, Moments, Parameter, Record, Roster
+from trainrt.record.vocabulary import JOINT, MOMENTS, SCALAR, Epoch, Moments, Parameter, Record, Roster
 
 STEPS = 12
 PARAMETERS = (
@@ -268,6 +268,24 @@ def test_moments_and_joint_sums_are_those_recorded(run):
         np.testing.assert_allclose(run.moments(subject).array, RUN._chunks[0].moments[subject], rtol=2e-7)
     for i, name in enumerate(JOINT):
         np.testing.assert_array_equal(run.joint(name), RUN._chunks[0].joint[..., i])
+
+
+def test_each_column_is_read_in_one_go_with_others():
+    assert sorted(sum(columns.MOMENTS_TOGETHER, ())) == sorted(MOMENTS)
+    assert sorted(sum(columns.JOINTS_TOGETHER, ())) == sorted(JOINT)
+
+
+def test_moments_stay_those_of_the_run_when_it_was_asked(tmp_path):
+    path, chunk = tmp_path / "events.out.tfevents.1.host.1.trainrt", RUN[:4]._chunks[0]
+    opening = [events.encode_header(), events.encode_roster(RUN.roster, {})]
+    path.write_bytes(b"".join(map(events.frame, [*opening, events.encode_record(chunk, RUN.roster)])))
+    run = Run.open(path)
+    early = run.moments("gradient")
+    with path.open("ab") as file:
+        file.write(events.frame(events.encode_record(RUN[4:8]._chunks[0], RUN.roster)))
+    assert run.refresh() == 4
+    assert early.shape == (4, len(PARAMETERS))
+    assert run.moments("gradient").shape == (8, len(PARAMETERS))
 
 
 def test_a_run_without_windows_has_empty_statistics():

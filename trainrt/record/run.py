@@ -17,7 +17,6 @@ import dataclasses
 import difflib
 import math
 import os
-import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,11 +25,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from trainrt.record import events, statistics
+from trainrt.record import event_files, events, statistics
+from trainrt.record.columns import Columns, RunMoments, Weights
 from trainrt.record.vocabulary import (
     JOINT,
-    JOINT_EXTREMES,
-    MOMENTS,
     SCALAR,
     Document,
     Epoch,
@@ -48,7 +46,6 @@ CERTIFICATE = "certificate"
 """Kind of the document with which `trainrt determinism prove` signs a run; it shows in the passport."""
 
 _SILENCE_S = 300.0
-_PATTERN = f"events.out.tfevents.*{events.SUFFIX}"
 
 
 class Run:
@@ -108,7 +105,7 @@ class Run:
     @classmethod
     def find(cls, logdir: str | os.PathLike) -> list[Path]:
         """The directories of all runs in and below a directory, the oldest first."""
-        files = sorted(Path(logdir).rglob(_PATTERN), key=_age)
+        files = event_files.within(Path(logdir), deep=True)
         return list(dict.fromkeys(file.parent for file in reversed(files)))[::-1]
 
     @classmethod
@@ -123,14 +120,14 @@ class Run:
         path = Path(logdir)
         problems = []
         if path.is_dir():
-            files = sorted(path.glob(_PATTERN), key=_age) or sorted(path.rglob(_PATTERN), key=_age)
+            files = event_files.within(path) or event_files.within(path, deep=True)
             if not files:
                 raise FileNotFoundError(
-                    f"A run is a directory with an event file of trainrt, {_PATTERN}. Received: {str(logdir)!r}, "
-                    "with none in it or below. Pass logdir= to trainrt.fit to record one."
+                    f"A run is a directory with an event file of trainrt, {event_files.PATTERN}. Received: "
+                    f"{str(logdir)!r}, with none in it or below. Pass logdir= to trainrt.fit to record one."
                 )
             beside = [file for file in files if file.parent == files[-1].parent]
-            path = beside[_begin(beside)]
+            path = beside[event_files.begin(beside)]
             others = beside.index(path)
             if others:
                 problems.append(f"{path.parent} holds {others + 1} runs; only the newest is read, {path.name}.")
@@ -139,10 +136,10 @@ class Run:
                 f"A run is opened by its log directory. Received: {str(logdir)!r}, which does not exist. "
                 "Pass the logdir= that was given to trainrt.fit."
             )
-        elif not path.match(_PATTERN):
+        elif not path.match(event_files.PATTERN):
             raise ValueError(
-                f"A run is opened by its log directory, or by its event file, {_PATTERN}. Received: {str(logdir)!r}, a "
-                "file of another name. Pass the logdir= that was given to trainrt.fit."
+                f"A run is opened by its log directory, or by its event file, {event_files.PATTERN}. Received: "
+                f"{str(logdir)!r}, a file of another name. Pass the logdir= that was given to trainrt.fit."
             )
         run = cls(Roster((), (), ()), path=path, problems=problems)
         run._reader = events.Reader(path)
@@ -184,17 +181,17 @@ class Run:
         assert self._reader is not None
         while True:
             yield from self._reader.read()
-            if (continued := _continuation(self._reader.path)) is None:
+            if (continued := event_files.continuation(self._reader.path)) is None:
                 return
             self._problems += self._reader.damage
             self._reader = events.Reader(continued)
 
     def _open(self, opening: events.Opening, chunks: list) -> None:
-        resumed = _resumed(opening)
+        resumed = event_files.resumed(opening)
         if resumed is None or not self.environment:
             self.roster, self.environment = opening.roster, opening.environment
             return
-        if not _same_weights(opening.roster, self.roster):
+        if not event_files.same_weights(opening.roster, self.roster):
             raise ValueError(
                 f"A run that goes on has the weights it had. Received: another roster in {self._reader.path}. "  # type: ignore[union-attr]
                 "Open that file by its own path."
@@ -288,7 +285,7 @@ class Run:
             raise KeyError(f"No subject {subject!r}. This run has {', '.join(self.roster.subjects)}.")
         return self.memo(
             f"moments of {subject}",
-            lambda: Moments(self._of_weights(len(MOMENTS), lambda chunk: chunk.moments[subject], _join_moments)),
+            lambda: RunMoments(Columns.of_subject(self._chunks, self._weights, subject).__getitem__),
         )
 
     @contextlib.contextmanager
@@ -316,8 +313,11 @@ class Run:
         """
         if name not in JOINT:
             raise KeyError(f"No joint sum {name!r}. A run has {', '.join(JOINT)}.")
-        cube = self.memo("joint", lambda: self._of_weights(len(JOINT), lambda chunk: chunk.joint, _join_sums))
-        return cube[..., JOINT.index(name)]
+        return self.memo("joint", lambda: Columns.of_joints(self._chunks, self._weights))[name]
+
+    @property
+    def _weights(self) -> Weights:
+        return Weights(len(self.roster.parameters), self._groups, self._joined)
 
     def scalar(self, name: str, column: str = "mean") -> np.ndarray:
         """[T]: a scalar's `"mean"`, `"min"` or `"max"` over the steps of each window.
@@ -330,19 +330,6 @@ class Run:
         if column not in SCALAR:
             raise KeyError(f"No column {column!r}. A scalar has {', '.join(SCALAR)}.")
         return self._of_windows("scalars")[:, self.roster.scalars.index(name), SCALAR.index(column)]
-
-    def _of_weights(self, columns: int, read: Callable, join: Callable) -> np.ndarray:
-        """[T, P, columns] of all chunks, filled in place: two copies of a long run would not fit the budget."""
-        cube = np.empty((len(self), len(self.roster.parameters), columns))
-        at = 0
-        for chunk in self._chunks:
-            part = read(chunk)
-            if self._groups is not None:
-                single = not self._joined
-                part = part[:, [int(group[0]) for group in self._groups]] if single else join(part, self._groups)
-            cube[at : at + len(part)] = part
-            at += len(part)
-        return cube
 
     def __getitem__(self, key: str | slice) -> Any:
         """A statistic [T, P] by its name, or the run of a slice of the windows.
@@ -565,91 +552,3 @@ def _lives(pid: int, start: Any) -> bool:
         return False
     begun = time.time() - uptime + int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return not isinstance(start, int | float) or begun <= start + 1
-
-
-def _begin(files: Sequence[Path]) -> int:
-    """Which of the event files of a directory, in their order, the newest run begins with."""
-    at = len(files) - 1
-    for i in range(len(files) - 1, -1, -1):
-        opening = _opening(files[i])
-        if opening is not None:
-            at = i
-            if _resumed(opening) is None:
-                break
-    return at
-
-
-def _continuation(path: Path) -> Path | None:
-    """The event file beside this one with which its run goes on; None: there is none yet."""
-    try:
-        files = sorted(path.parent.glob(_PATTERN), key=_age)
-    except OSError:
-        return None
-    later = files[files.index(path) + 1 :] if path in files else []
-    for file in later:
-        opening = _opening(file)
-        if opening is not None:
-            return file if _resumed(opening) is not None else None
-    return None
-
-
-def _opening(file: Path) -> events.Opening | None:
-    """The first of our events in a file; None: it is not there yet, or cannot be read."""
-    try:
-        item = next(iter(events.Reader(file).read()), None)
-    except (OSError, ValueError):
-        return None
-    return item if isinstance(item, events.Opening) else None
-
-
-def _resumed(opening: events.Opening) -> int | None:
-    """The step from which a run goes on; None: it begins there."""
-    resumed = opening.environment.get("resumed")
-    step = resumed.get("step") if isinstance(resumed, dict) else None
-    return step if type(step) is int else None
-
-
-def _same_weights(a: Roster, b: Roster) -> bool:
-    """Whether two rosters have the same axes; a model made again in one process has other numbers in its names."""
-
-    def axes(roster: Roster) -> tuple:
-        weights = [(re.sub(r"_\d+(?=/|$)", "", p.path), p.shape, p.dtype) for p in roster.parameters]
-        return weights, roster.subjects, roster.scalars
-
-    return axes(a) == axes(b)
-
-
-def _age(file: Path) -> tuple[float, float, str]:
-    """Sorts event files by the seconds in their name, then by when they were written."""
-    seconds = file.name.split(".")[3]
-    try:
-        written = file.stat().st_mtime
-    except OSError:
-        written = -math.inf
-    return (float(seconds) if seconds.isdecimal() else -math.inf, written, str(file))
-
-
-def _join_moments(part: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
-    """[T, P, M] -> [T, groups, M]"""
-    return Moments(part).join(groups).array
-
-
-def _join_sums(part: np.ndarray, groups: Sequence[np.ndarray]) -> np.ndarray:
-    """[T, P, J] -> [T, groups, J]: steps are the most of any weight, scales, clipped and skipped ones their means."""
-    if not groups:
-        return part[:, :0]
-    starts = np.cumsum([0, *map(len, groups[:-1])])
-    part = part[:, np.concatenate(groups)]
-    measured = ~np.isnan(part)
-    joined = np.add.reduceat(np.where(measured, part, 0.0), starts, axis=1)
-    steps = JOINT.index("steps")
-    most = np.fmax.reduceat(part[..., steps], starts, axis=1)
-    slot_steps = JOINT.index("slot_steps")
-    joined[..., slot_steps] = np.fmax.reduceat(part[..., slot_steps], starts, axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for name in ("scale", "clipped", "skipped"):
-            joined[..., JOINT.index(name)] *= most / joined[..., steps]
-    joined[..., steps] = most
-    for name, reduce in zip(JOINT_EXTREMES, (np.fmax, np.fmin), strict=True):
-        joined[..., JOINT.index(name)] = reduce.reduceat(part[..., JOINT.index(name)], starts, axis=1)
-    return np.where(np.logical_or.reduceat(measured, starts, axis=1), joined, np.nan)
