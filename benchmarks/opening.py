@@ -48,7 +48,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         size = write(Path(scratch) / "run", options.steps, options.weights)
         rounds = measure(Path(scratch) / "run", options.rounds)
-    print(f"{options.steps:,} steps of {options.weights} weights, {size / 1e6:.0f} MB; median and worst of {len(rounds)}")
+    what = f"{options.steps:,} steps of {options.weights} weights, {size / 1e6:.0f} MB"
+    print(f"{what}; median and worst of {len(rounds)} processes")
     for i, (name, unit) in enumerate((("open", "s"), ("memory", "MB"), ("ratio", "s"), ("memory", "MB"))):
         values = [each[i] for each in rounds]
         print(f"{name:8} {statistics.median(values):8.2f} {max(values):8.2f} {unit}")
