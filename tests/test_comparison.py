@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from trainrt.cli import BAD_INPUT, main
 from trainrt.comparison import KINDS, Difference, compare
 from trainrt.comparison.behaviour import departures, start
 from trainrt.comparison.difference import BACKWARD, FORWARD, UPDATE
-from trainrt.comparison.render import text
+from trainrt.comparison.render import render_all, text
 from trainrt.findings import CAUSES
 from trainrt.record.run import Run
 from trainrt.record.vocabulary import Document, Parameter
@@ -305,6 +306,29 @@ def test_the_command_prints_one_screen(good, bad, capsys):
     assert len(out.splitlines()) <= 40
 
 
+def test_several_are_told_in_a_few_lines_and_then_in_full(good, bad, capsys):
+    assert main(["compare", *map(str, (good, bad, good, bad, bad))]) == 0
+    out = capsys.readouterr().out
+    head, _, rest = out.partition("\n\n")
+    lines = head.splitlines()
+    assert lines[0] == f"GOOD  {compare(good, bad).good}"
+    assert [line.split()[0] for line in lines if line[3].isdigit()] == ["1", "2", "3", "4"]
+    assert re.search(
+        r"clip: none -> 0.001 \(99% likely\); loss of the steps .*; parts from GOOD in step 0", " ".join(head.split())
+    )
+    assert "The two runs recorded the same training" in head
+    assert rest.count("\nBAD  ") == 3
+    assert rest.endswith("The first 3 in full; of another one: trainrt compare GOOD BAD.\n")
+    assert len(out.splitlines()) <= 120
+
+
+def test_the_output_for_a_hundred_runs_is_bounded(good, bad, capsys):
+    render_all([compare(good, bad)] * 100, width=80)
+    out = capsys.readouterr().out
+    assert "and 80 more." in out
+    assert len(out.splitlines()) < 250
+
+
 def test_json_is_the_comparison(good, bad, capsys):
     assert main(["compare", "--json", str(good), str(bad)]) == 0
     (told,) = json.loads(capsys.readouterr().out)["comparisons"]
@@ -323,7 +347,7 @@ def test_html_holds_the_ranked_list_and_opens_on_the_comparison(good, bad, tmp_p
     assert main(["compare", str(good), str(bad), "--html", str(page)]) == 0
     held = page.read_text().partition('id="content">')[2].partition("</script>")[0]
     content = json.loads(held)
-    assert content["versus"] == str(bad)
+    assert content["versus"] == [str(bad)]
     told = content["compared"][f"{good}\n{bad}"]
     assert told["ranked"][0]["name"] == "clip"
     assert told["departures"]

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing import data_provider, plugin_event_mul
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
-from trainrt.plugin import answers, device, files, report_html, summary, tables, wire
+from trainrt.plugin import answers, device, files, passports, report_html, tables, wire
 from trainrt.plugin.app import TrainrtPlugin
 from trainrt.plugin.files import digest, static_files
 from trainrt.plugin.loader import TrainrtLoader
@@ -704,4 +704,4 @@ def test_tables_are_forgotten_before_they_fill_the_memory(monkeypatch, run):
 def test_the_passports_own_names_and_times_are_no_difference():
     left = {"start": 1.0, "fit": {"logdir": "a", "epochs": 3}, "optimizer": {"name": "sgd", "class": "SGD"}}
     right = {"start": 2.0, "fit": {"logdir": "b", "epochs": 3}, "optimizer": {"name": "sgd_1", "class": "SGD"}, "x": 1}
-    assert summary.differences(left, right) == [("x", "-", "1")]
+    assert passports.differences(left, right) == [("x", "-", "1")]

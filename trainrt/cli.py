@@ -167,7 +167,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     from trainrt.comparison import compare
-    from trainrt.comparison.render import render
+    from trainrt.comparison.render import render_all
     from trainrt.record.run import Run
 
     if options.bits:
@@ -184,10 +184,7 @@ def _compare(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"comparisons": [each.to_dict() for each in compared]}, indent=2, allow_nan=False))
         return 0
-    for index, each in enumerate(compared):
-        if index:
-            print("\n")
-        render(each)
+    render_all(compared)
     return 0
 
 

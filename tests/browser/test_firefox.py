@@ -152,7 +152,8 @@ def test_firefox_opens_a_report_from_disk(firefox, logdir, tmp_path):
     firefox.until("return document.body.dataset.ready")
     assert firefox.run("return document.querySelector('h1').innerText") == "Likely cause: clip too tight"
     firefox.run(
-        "const s = document.querySelector('[aria-label=\"Compare with\"]'); s.value = 'healthy';"
+        "const s = document.querySelector('[aria-label=\"Compare with\"]');"
+        "s.value = [...s.options].find((o) => o.text === 'healthy').value;"
         "s.dispatchEvent(new Event('change'))"
     )
     firefox.until("return document.body.innerText.includes('The losses first differ at step')")

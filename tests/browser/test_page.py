@@ -75,11 +75,24 @@ def test_the_data_passport_sets_training_beside_validation(tab, server):
     assert told.locator("thead").inner_text().split() == ["Training", "Validation"]
     rows = dict(row.split("\t")[:2] for row in told.locator("tbody").inner_text().splitlines())
     assert rows["rows"] == "1,437"
+    assert rows["described from"] == "all rows, 45 batches"
     assert rows["input: range"] == "0 to 1"
     assert rows["target: classes"].startswith("10 (")
     assert "None of the 360 validation rows" in page.text("#passport-title >> xpath=../..")
     told.scroll_into_view_if_needed()
     page.keep("data")
+
+
+def test_a_description_of_a_part_of_the_data_says_of_how_much(tab, serve, tmp_path):
+    writer = Writer(tmp_path / "a", Run.synthetic(steps=8))
+    seen = {"batches": 64, "rows": 2048, "share": 2048 / 60000}
+    train = {"source": "arrays", "rows": 60000, "batches": 1875, "seen": seen, "passes": [0, 1, 3], "inputs": []}
+    writer.put(events.encode_document(Document("data", 0, {"train": train})))
+    writer.windows(0, 8).close()
+    page = tab().go(serve(tmp_path))
+    rows = dict(row.split("\t") for row in page.text(".passport tbody").splitlines())
+    assert rows["described from"] == "2,048 rows (3.41 %), 64 batches"
+    assert rows["passes looked at"] == "3"
 
 
 def test_nonsense_in_place_of_a_data_passport_leaves_the_page_whole(tab, serve, tmp_path):
@@ -92,7 +105,7 @@ def test_nonsense_in_place_of_a_data_passport_leaves_the_page_whole(tab, serve, 
     writer.windows(0, 8).close()
     page = tab().go(serve(tmp_path))
     assert page.text("h1") == "No rule found a fault"
-    assert "makes no sense" in page.text(".problem")
+    assert "makes no sense" in page.text(".passport .problem")
 
 
 def test_a_finding_leads_to_its_steps_and_layers(tab, server):
@@ -164,17 +177,142 @@ def test_a_layer_is_found_by_name_and_rows_are_grouped(tab, server):
 def test_two_runs_are_compared_on_the_same_steps(tab, server, logdir):
     page = tab().go(server)
     name = next(p for p in logdir.glob("healthy/*")).relative_to(logdir).as_posix()
-    page.after(lambda: page.frame.get_by_label("Compare with").select_option(name))
-    assert "The losses first differ at step" in page.text("#compare-title >> xpath=../../p")
+    page.after(lambda: page.frame.get_by_label("Compare with").select_option(label=name))
+    assert "The losses first differ at step" in page.text(".reasons")
     assert "clip" in page.text("ol[aria-label='Explanations, likeliest first'] li >> nth=0")
-    assert f"differs from {name} (GOOD)" in page.text("#compare-title >> xpath=../..")
-    assert "fit.clip" in page.text("section table")
+    assert f"differs from {name} (GOOD)" in page.text(".reasons summary")
+    assert page.text(".passports tbody").split("\t") == ["fit.clip", "0.0001", "1.0"], "only the clip differs"
     assert page.frame.locator("section:has(#compare-title) .heatmap canvas").count() == 3
-    losses = page.frame.locator("canvas[aria-label^='Loss of both']").get_attribute("aria-label")
+    losses = page.frame.locator("canvas[aria-label^='Loss of each run']").get_attribute("aria-label")
     assert name in losses
     assert "stagnating/" in losses
-    assert page.frame.locator("section:has(#compare-title) tbody tr").count() == 1, "only the clip differs"
     page.keep("comparison")
+
+
+def four_runs(logdir):
+    """`same` as `base`; `later`, whose loss has other bits from step 20 and is far off from 30, with a larger update;
+    `other` of a model made later in the process, with another optimizer and a tenth of the update."""
+    names, loss = ["dense/kernel", "dense_1/kernel"], np.linspace(2, 1, 60)
+    left = loss.copy()
+    left[20:] *= 1 + 1e-9
+    left[30:] *= 1.5
+    ratio = np.full((60, 2), 1e-3)
+    grown = ratio.copy()
+    grown[30:, 1] = 1e-2
+    sgd = {"fit": {"clip": 1.0}, "optimizer": {"class": "SGD", "config": {"learning_rate": 0.1}}}
+    adam = {"fit": {"clip": 1.0}, "optimizer": {"class": "Adam", "config": {"learning_rate": 0.1, "beta_1": 0.9}}}
+    runs = {
+        "base": Run.synthetic(60, names, loss=loss, update_ratio=ratio, environment=sgd, slots=["momentum"]),
+        "same": Run.synthetic(60, names, loss=loss, update_ratio=ratio, environment=sgd),
+        "later": Run.synthetic(60, names, loss=left, update_ratio=grown, environment={**sgd, "fit": {"clip": 2.0}}),
+        "other": Run.synthetic(
+            40, ["dense_2/kernel", "dense_3/kernel"], loss=loss[:40] * 2, update_ratio=ratio[:40] / 10, environment=adam
+        ),
+    }
+    for name, run in runs.items():
+        Writer(logdir / name, run).windows(0, len(run)).close()
+
+
+def test_any_runs_are_compared_side_by_side_with_one_of_them(tab, serve, tmp_path):
+    four_runs(tmp_path)
+    server = serve(tmp_path)
+    page = tab().go(server, "#trainrt&run=base")
+    add = page.frame.get_by_label("Compare with")
+    for name in ("later", "other"):
+        add.focus()
+        page.after(lambda name=name: add.select_option(label=name))
+        assert add.evaluate("select => select === document.activeElement"), "the keyboard stays where it was"
+    page.after(lambda: add.select_option(label="same"))
+    assert page.page.url.endswith("&versus=later&versus=other&versus=same&rows=dense")
+
+    # In few words: since when, and why.
+    board = [row.split("\t") for row in page.text(".board tbody").splitlines()]
+    assert [row[0].split()[0] for row in board] == ["base", "later", "other", "same"]
+    assert [row[3:5] for row in board] == [["", ""], ["step 20", "step 30"], ["step 0", "step 0"], ["never", "never"]]
+    assert board[1][5].startswith("clip 1 → 2")
+    assert board[2][5].startswith("optimizer SGD")
+    assert page.frame.locator(".reasons details").count() == 3
+
+    # Side by side, on one scale, the first differences marked.
+    def colour(name, step, row, kind="Map of "):
+        selector = f"canvas[aria-label='{kind}{name}']"
+        canvas = page.frame.locator(selector)
+        left = LEFT if kind else 0
+        x = left + (canvas.evaluate("c => c.clientWidth") - left - RIGHT) * (step + 0.5) / 60
+        return pixel(page, x, row if row < TOP else TOP + 34 * (row - TOP) + 20, selector)
+
+    top, second = TOP, TOP + 1
+    assert colour("base", 50, second) == colour("same", 50, second) == colour("later", 10, second)
+    red, _, blue = colour("later", 50, second)
+    assert (red, blue) != tuple(colour("base", 50, second)[::2])
+    apart = {name: f"{name} against base" for name in ("later", "other", "same")}
+    grey = colour(apart["same"], 50, top, "")
+    assert max(grey) - min(grey) < 8, "the same is grey"
+    assert colour(apart["later"], 10, second, "") == grey
+    red, _, blue = colour(apart["later"], 50, second, "")
+    assert red > blue + 60, "ten times as large is orange"
+    red, _, blue = colour(apart["other"], 20, top, "")
+    assert blue > red + 60, "a tenth is blue, though Keras named the layers otherwise"
+    yellow, red, none = (colour("later", step, 5) for step in (20, 30, 40))
+    assert yellow != red != none != yellow
+
+    # What differs in the passports, a column a run.
+    head = page.frame.locator(".passports thead th").all_inner_texts()
+    assert [name.strip() for name in head] == ["Entry", "base", "later", "other", "same"]
+    rows = {row.split("\t")[0]: row.split("\t")[1:] for row in page.text(".passports tbody").splitlines()}
+    assert rows["fit.clip"] == ["1.0", "2.0", "1.0", "1.0"]
+    assert rows["optimizer.class"] == ["SGD", "SGD", "Adam", "SGD"]
+    assert "optimizer.config.learning_rate" not in rows
+    assert page.frame.locator(".passports td b", has_text="Adam").count() == 1
+
+    # Another baseline turns the differences round, and can be linked to.
+    choice = page.frame.get_by_label("Baseline")
+    choice.focus()
+    page.after(lambda: choice.select_option("later"))
+    assert choice.evaluate("select => select === document.activeElement")
+    red, _, blue = colour("base against later", 50, second, "")
+    assert blue > red + 60
+    page.keep("comparison-of-four")
+    again = tab().go(server, page.page.url.replace(server.url, ""))
+    assert again.text(".board tbody").split()[0] == "later"
+    again.after(lambda: again.frame.get_by_role("button", name="Leave out other").click())
+    assert again.frame.locator(".board tbody tr").count() == 3
+
+    # A statistic that one run alone has.
+    page.after(lambda: page.frame.get_by_label("Statistic").select_option("momentum_norm"))
+    assert "other did not record this statistic" in page.text(".pairs")
+    assert page.frame.locator("canvas[aria-label='Map of base']").is_visible()
+
+
+def test_runs_that_hold_nothing_to_compare_are_said_beside_the_others(tab, serve, tmp_path):
+    four_runs(tmp_path)
+    Writer(tmp_path / "empty", Run.synthetic(3))
+    newer = Writer(tmp_path / "newer", Run.synthetic(3))
+    newer.file.write_bytes(b"")
+    newer.put(events.encode_header())
+    newer.put(events._encode_json("roster", {"version": 999, "roster": {}, "environment": {}}, 0, None))
+    page = tab().go(
+        serve(tmp_path), "#trainrt&run=base&versus=later&versus=empty&versus=newer&versus=gone&baseline=gone"
+    )
+    told = page.frame.locator("section:has(#compare-title) .problem").inner_text()
+    assert "empty has no recorded steps" in told
+    assert "version 999" in told
+    assert [row.split()[0] for row in page.text(".board tbody").splitlines()] == ["base", "later"]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_comparison_of_four_passes_the_audit(tab, serve, tmp_path, width, dark):
+    four_runs(tmp_path)
+    page = tab(width=width, dark=dark).go(serve(tmp_path), "#trainrt&run=base&versus=later&versus=other&versus=same")
+    for summary in page.frame.locator(".reasons summary").all():
+        summary.click()
+    assert page.inner.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.keep(f"comparison-{'dark' if dark else 'light'}-{width}")
+    assert audit(page) == []
+    page.frame.get_by_role("button", name="See the comparison").press("Enter")
+    assert page.inner.evaluate("document.activeElement.id") == "compare-title"
+    assert page.inner.evaluate("document.querySelector('#compare-title').getBoundingClientRect().top < innerHeight")
 
 
 def test_a_running_job_grows_and_keeps_the_chosen_place(tab, serve, tmp_path):
@@ -243,7 +381,7 @@ def test_the_page_is_the_same_below_another_address(tab, serve, tmp_path, way, r
         assert page.text(".range").startswith("steps 5 to 14")
     assert page.text("h1") == "No rule found a fault"
     page.after(lambda: page.frame.get_by_label("Compare with").select_option(index=1))
-    assert "The losses are the same bits" in page.text("#compare-title >> xpath=../../p")
+    assert "The losses are the same bits" in page.text(".reasons")
     page.after(lambda: page.frame.get_by_label("Statistic").select_option("weight_norm"))
     chart = page.frame.locator(MAP)
     chart.focus()
@@ -356,13 +494,32 @@ def test_a_report_opens_from_disk(browser, tab, logdir, tmp_path):
     page.locator("body[data-ready]").wait_for(timeout=20_000)
     assert page.locator("h1").inner_text() == "Likely cause: clip too tight"
     page.locator(".findings button").first.click()
-    page.get_by_label("Compare with").select_option("healthy")
+    page.get_by_label("Compare with").select_option(label="healthy")
     page.get_by_text("The losses first differ at step").wait_for()
     chart = page.locator(MAP)
     chart.focus()
     chart.press("+")
     page.wait_for_function("!document.querySelector('.range').innerText.startsWith('steps 0 to 134')")
     page.screenshot(path=tmp_path / "report.png", full_page=True)
+
+
+def test_a_report_of_several_runs_opens_on_their_comparison(tab, tmp_path, monkeypatch):
+    four_runs(tmp_path)
+    monkeypatch.setattr(report_html, "PAIRS", 4)
+    file, names = tmp_path / "report.html", ("base", "later", "other", "same")
+    report_html.write(file, [(name, Run.open(tmp_path / name)) for name in names], compare=True)
+    page = tab().page
+    page.goto(file.as_uri())
+    board = page.locator(".board tbody tr")
+    board.nth(3).wait_for()
+    assert [row.split()[0] for row in board.all_inner_texts()] == list(names)
+    page.get_by_label("Baseline").select_option("later")
+    note = page.locator("section:has(#compare-title) .problem")
+    note.wait_for()
+    assert note.inner_text() == "This report does not hold the comparison of same with later. TensorBoard shows it."
+    assert [row.split()[0] for row in board.all_inner_texts()] == ["later", "base", "other"]
+    rows = [row.split("\t") for row in page.locator(".passports tbody tr").all_inner_texts()]
+    assert ["fit.clip", "2.0", "1.0", "1.0"] in rows
 
 
 def test_copied_logs_are_the_same_run(tab, serve, logdir, tmp_path):

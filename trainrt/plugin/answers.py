@@ -11,7 +11,7 @@ import numpy as np
 from trainrt.comparison.ranking import LIKELY, contrast
 from trainrt.findings import SEVERITIES, Finding
 from trainrt.findings.series import loss_trend
-from trainrt.plugin import device, summary, tables, wire
+from trainrt.plugin import device, passports, summary, tables, wire
 from trainrt.record.run import Run
 
 MOST_COLUMNS, MOST_ROWS, MOST_STATISTICS = 2000, 12, 40
@@ -205,7 +205,7 @@ def compared(left: Run, right: Run, *findings: list[dict[str, Any]]) -> dict[str
     likely = [each for each in told["differences"] if each["likelihood"] >= LIKELY]
     fields = ("name", "good", "bad", "likelihood", "message", "support", "advice")
     return {
-        "passport": summary.differences(left.environment, right.environment),
+        "passport": passports.differences(left.environment, right.environment),
         "good": "versus" if swapped else "run",
         "ranked": [{name: each[name] for name in fields} for each in likely],
         "verdict": told["verdict"],

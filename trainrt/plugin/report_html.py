@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import json
 import re
 import zlib
@@ -27,6 +28,9 @@ STATISTICS = (
 PICTURE_BYTES = 6 << 20
 """Of all pictures of a run before compression: the more layers, the fewer columns."""
 
+PAIRS = 45
+"""Of so many pairs of runs a report holds the comparison, all pairs of ten runs: each takes a second or so."""
+
 _IMPORT = re.compile(r"(from|import) '\./([\w.-]+\.js)'")
 _POLICY = "default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -37,14 +41,14 @@ def build(runs: Sequence[tuple[str, Run]], title: str = "Training report", compa
     Args:
       runs: Their names, which the page shows, and the runs; the first is opened first.
       title: Title of the page.
-      compare: The page opens with the second run compared to the first.
+      compare: The page opens with the other runs compared to the first.
 
     Returns:
       A whole HTML document.
     """
     content: dict = {"names": [name for name, _ in runs], "runs": {}, "pictures": {}, "compared": {}}
-    if compare and len(runs) > 1:
-        content["versus"] = runs[1][0]
+    if compare:
+        content["versus"] = [name for name, _ in runs[1:]]
     found: dict[str, list] = {}
     for name, run in runs:
         findings = found[name] = summary.Judge().findings(run, whole=True)
@@ -56,15 +60,13 @@ def build(runs: Sequence[tuple[str, Run]], title: str = "Training report", compa
         if len(run):
             pictures = _pictures(run, held)
             content["pictures"] |= {f"{name}\n{what}": _text(data) for what, data in pictures.items()}
-    for name, run in runs:
-        for other, versus in runs:
-            if other != name:
-                content["compared"][f"{name}\n{other}"] = answers.compared(run, versus, found[name], found[other])
+    for (name, run), (other, versus) in itertools.islice(itertools.combinations(runs, 2), PAIRS):
+        content["compared"][f"{name}\n{other}"] = answers.compared(run, versus, found[name], found[other])
     return _document(content, title)
 
 
 def write(path: Path, runs: Sequence[tuple[str, Run]], compare: bool = False) -> None:
-    """Writes the page to a file. `compare`: it opens with the second run compared to the first.
+    """Writes the page to a file. `compare`: it opens with the others compared to the first.
 
     Raises:
       OSError: The file cannot be written.

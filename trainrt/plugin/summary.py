@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Mapping
@@ -187,35 +186,3 @@ def _finding(finding: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(c, Mapping)
         ],
     }
-
-
-def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The lines in which two passports differ, as (where, left, right); what differs between any two runs is left out.
-
-    >>> differences({"start": 1, "fit": {"clip": 1.0}}, {"start": 2, "fit": {"clip": None}})
-    [('fit.clip', '1.0', 'None')]
-    >>> differences({"layers": [{"name": "hidden", "units": 8}]}, {"layers": [{"name": "hidden", "units": 16}]})
-    [('layers.hidden.units', '8', '16')]
-    >>> differences({"updates": {"sgd": "fused"}}, {"updates": {"sgd_1": "fused"}})
-    []
-    """
-    mine, yours = dict(_flat(left)), dict(_flat(right))
-    names = [name for name in (*mine, *(n for n in yours if n not in mine)) if name not in _ALWAYS]
-    return [(n, mine.get(n, "-"), yours.get(n, "-")) for n in names if mine.get(n, "-") != yours.get(n, "-")]
-
-
-_DIGESTS = ("determinism.fingerprint", "determinism.model_config")  # of what has lines of its own
-_ALWAYS = ("start", "began", "pid", "command", "fit.logdir", "optimizer.name", "optimizer.config.name", *_DIGESTS)
-_NUMBERED = re.compile(r"^(updates\.\w+?)_\d+$")
-
-
-def _flat(value: Any, name: str = ""):
-    if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            inside = f"{name}.{key}" if name else str(key)
-            yield from _flat(item, _NUMBERED.sub(r"\1", inside))
-    elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-        for i, item in enumerate(value):
-            yield from _flat(item, f"{name}.{item.get('name', i) if isinstance(item, Mapping) else i}")
-    else:
-        yield name, str(value)

@@ -1,4 +1,5 @@
-// The axis of steps that the map and all charts share: same gutter at the left, same pixels for the same step.
+// The axis of steps that the map and all charts share: same gutter at the left, same pixels for the same step. A map
+// beside another, whose rows it shares, has no gutter.
 import { colour } from './theme.js';
 import { count, ticks } from './numbers.js';
 
@@ -6,8 +7,8 @@ export const RIGHT = 14;
 export const gutter = (width) => (width < 620 ? 104 : 190);
 
 export class Axis {
-  constructor(width, first, last) {
-    this.left = gutter(width);
+  constructor(width, first, last, left = gutter(width)) {
+    this.left = left;
     this.width = Math.max(width - this.left - RIGHT, 40);
     this.first = first;
     this.last = last;

@@ -28,7 +28,8 @@ export class Chart {
     this.canvas.addEventListener('dblclick', () => does.out());
   }
 
-  // `view`: edges, series [{name, colour, dash, low, mean, high, states, fill}], log, unit ("share"), zone [a, b], width.
+  // `view`: edges, series [{name, colour, dash, low, mean, high, states, fill}], log, unit ("share"), zone [a, b], width,
+  // marks [{step, colour}] of steps to point at.
   update(view) {
     this.view = view;
     const seen = view.series.flatMap((s) => [...s.low, ...s.high, ...s.mean]).filter(Number.isFinite);
@@ -52,7 +53,7 @@ export class Chart {
 
   draw() {
     if (!this.view) return;
-    const { edges, series, width, zone, cursor } = this.view, n = edges.length - 1;
+    const { edges, series, width, zone, cursor, marks = [] } = this.view, n = edges.length - 1;
     const axis = (this.axis = new Axis(width, edges[0], edges[n] - 1));
     const context = surface(this.canvas, width, this.height);
     const [low, high] = this.range, tall = this.height - TOP - BOTTOM;
@@ -100,6 +101,11 @@ export class Chart {
           if (s.states[i] === STATE.nonfinite) context.fillRect(axis.x(edges[i]), TOP + tall, Math.max(axis.width / n, 2), 4);
         }
       }
+    }
+    for (const mark of marks.filter(({ step }) => step >= edges[0] && step < edges[n])) {
+      context.fillStyle = mark.colour;
+      context.fillRect(Math.round(axis.x(mark.step)), TOP - 4, 1.5, tall + 8);
+      context.fillRect(Math.round(axis.x(mark.step)) - 2, TOP - 4, 6, 4);
     }
     if (this.drag) {
       context.fillStyle = colour('accent');

@@ -1,68 +1,171 @@
-// Two runs on the same steps and scale: the other one's map, the difference of both, and what differs in their passports.
+// Runs side by side, on the same steps and scale: a baseline, and of each other one its map, where it differs from the
+// baseline, since when, what most likely explains it, and what their passports say.
 import { Chart, column } from './chart.js';
 import { Heatmap } from './heatmap.js';
-import { el } from './dom.js';
+import { choice, el } from './dom.js';
+import { hue, MOST } from './drill.js';
 import { legend } from './legend.js';
 import { count, short } from './numbers.js';
+import { RIGHT, gutter } from './axis.js';
+import { align, match, passports, subtract } from './pairs.js';
 import { scaleOf } from './scale.js';
-import { colour } from './theme.js';
 import { chosen, describe, domain, ordered } from './map.js';
-import { decode, MISSING, STATE } from './wire.js';
+
+const GAP = 16, WIDE = 860, TALL = 300;
+const HEALTH = { good: 'no fault found', info: 'no fault found', none: 'no verdict yet' };
 
 export class Comparison {
   constructor(place, does) {
     this.place = place;
-    this.own = new Heatmap('Map of this run', does);
-    this.other = new Heatmap('Map of the other run', does);
-    this.difference = new Heatmap('Difference of the two runs', does);
-    this.loss = new Chart('Loss of both', does, { height: 110 });
-    this.legend = el('div', {});
-    this.said = el('p', { class: 'said' });
-    this.table = el('div', {});
-    this.ranked = el('div', { class: 'ranked' });
-    this.names = [el('h3', {}), el('h3', {}), el('h3', {})];
+    this.does = does;
+    this.loss = new Chart('Loss of each run', does, { height: 120 });
+    this.board = el('div', {});
+    this.panels = [];
+    this.said = new Map();
+    [this.baseline, this.reasons, this.grid, this.table] = ['controls', 'reasons', 'pairs', ''].map((name) => el('div', { class: name }));
+    this.problems = el('p', { class: 'problem', role: 'note', hidden: true });
     this.node = el('section', { 'aria-labelledby': 'compare-title', hidden: true },
-      el('div', { class: 'bar-head' }, el('h2', { id: 'compare-title' }, 'Comparison')), this.ranked, this.said, this.loss.node,
-      this.names[0], this.own.node, this.names[1], this.other.node, this.names[2], this.legend, this.difference.node, this.table);
+      el('div', { class: 'bar-head' }, el('h2', { id: 'compare-title', tabindex: -1 }, 'Comparison'), this.baseline),
+      this.problems, this.board, this.reasons, this.loss.node, this.grid, this.table);
   }
 
-  // `mine` and `yours` are pictures with the same edges; rows are matched by their paths.
-  update({ run, versus, mine, yours, scalars, others, told, labels, scale, width }) {
-    const { place } = this, rows = versus.rows[place.group] || versus.rows.layers, theirs = rows.map((r) => r.path);
-    const order = ordered(mine, place.order), picked = chosen(labels, place.rows);
-    const matched = match(mine, yours, labels, theirs);
-    const shared = { labels, width, order, chosen: picked, show: place.show };
-    const first = told.differs === null ? [] : [{ first: told.differs, last: told.differs, colour: 'warning', current: true }];
-    if (told.diverges !== null) first.push({ first: told.diverges, last: told.diverges, colour: 'error', current: true });
-    this.names[0].textContent = run.name;
-    this.names[1].textContent = versus.name;
-    this.names[2].textContent = `Difference: ${versus.name} over ${run.name}`;
-    this.own.update({ ...shared, picture: mine, scale, marks: first, describe: (v, s) => describe(mine, v, s) });
-    this.other.update({ ...shared, picture: matched, scale, marks: first, describe: (v, s) => describe(matched, v, s) });
-    const apart = subtract(mine, matched);
-    const far = Math.max(...domain(apart).map(Math.abs), apart.kind === 'difference' ? 0.5 : 0);
-    const colours = scaleOf(apart.kind, -far, far);
-    this.legend.replaceChildren(legend(colours));
-    this.difference.update({ ...shared, show: 'mean', picture: apart, scale: colours, marks: first,
-      describe: (v) => (apart.kind === 'difference' ? `${short(10 ** v)} times as large` : `${short(v)} more`) });
-    this.loss.node.hidden = !(scalars.arrays.loss && others.arrays.loss);
-    if (!this.loss.node.hidden) {
-      const series = [[versus.name, others, 'series1'], [run.name, scalars, 'accent']];
-      this.loss.update({ width, edges: scalars.edges, series: series.map(([name, from, hue]) => ({ name, colour: colour(hue), ...along(scalars.edges, from) })) });
+  // `sides`: of each run its summary `run`, `picture` (null: it has none of this statistic), `scalars`, and `told`, what
+  // the server says of it against the baseline (null for the baseline itself). All pictures have the edges of `frame`,
+  // that of the run above, whose rows and order hold here too.
+  update({ sides, frame, unreadable, rows, scale, width }) {
+    const base = sides.find((side) => !side.told), others = sides.filter((side) => side.told);
+    sides.forEach((side, i) => { side.hue = hue(i, 2); });
+    this.problems.hidden = !unreadable.length;
+    this.problems.textContent = unreadable.join(' ');
+    const names = sides.map((side) => side.run.name);
+    this.renew(this.baseline, [names, base.run.name], () => [choice('Baseline', names.map((name) => [name, name]), base.run.name,
+      (baseline) => this.place.set({ baseline }))]);
+    const all = [base, ...others].map((side) => [side.run.name, side.run.verdict, side.run.loss, side.hue, side.told]);
+    this.renew(this.board, all, () => [board([base, ...others])]);
+    this.renew(this.reasons, all, () => this.explanations(base, others));
+    this.losses(sides, width);
+    this.maps(base, others, frame, rows, scale, width);
+    this.renew(this.table, all, () => [table(base, others)]);
+  }
+
+  // Makes a node's children anew only when what they say has changed: what is focused, open or scrolled to stays.
+  renew(node, said, make) {
+    const key = JSON.stringify(said);
+    if (this.said.get(node) === key) return;
+    this.said.set(node, key);
+    const held = node.contains(document.activeElement);
+    node.replaceChildren(...make());
+    if (held) node.querySelector('select, [tabindex], summary')?.focus();
+  }
+
+  explanations(base, others) {
+    const open = new Set([...this.reasons.querySelectorAll('details[open]')].map((node) => node.dataset.run));
+    return others.map(({ run, told }) => {
+      const words = explanations(told, base.run.name, run.name, others.length > 1);
+      return el('details', { class: 'ranked', 'data-run': run.name, open: others.length === 1 || open.has(run.name) },
+        el('summary', {}, words.title), ...words.body);
+    });
+  }
+
+  show() {
+    this.node.scrollIntoView();
+    this.node.querySelector('h2').focus();
+  }
+
+  losses(sides, width) {
+    const { edges } = sides[0].scalars;
+    const having = sides.filter((side) => side.scalars.arrays.loss);
+    this.loss.node.hidden = !having.length;
+    if (!having.length) return;
+    const marks = having.filter(({ told }) => told && told.diverges !== null).map((side) => ({ step: side.told.diverges, colour: side.hue }));
+    this.loss.update({ width, edges, marks, series: having.map((side) => ({ name: side.run.name, colour: side.hue, ...along(edges, side.scalars) })) });
+  }
+
+  // A row of the grid is a run: its map, and to the right of it its difference from the baseline.
+  maps(base, others, frame, rows, scale, width) {
+    const { place } = this, labels = rows.map((row) => row.path), wide = width >= WIDE;
+    const plot = (width - gutter(width) - 2 * RIGHT - GAP) / 2;
+    const shared = { labels, order: ordered(frame, place.order), chosen: chosen(labels, place.rows), tall: TALL };
+    const left = { ...shared, scale, show: place.show, width: wide ? Math.floor(gutter(width) + plot + RIGHT) : width, left: gutter(width) };
+    const right = { ...shared, show: 'mean', width: wide ? Math.floor(plot + RIGHT) : width, left: wide ? 0 : gutter(width) };
+    const rowsOf = (run) => run.rows[place.group] || run.rows.layers;
+    const laid = (side) => side.picture && match(frame, side.picture, align(rows, rowsOf(side.run)));
+    const origin = laid(base), pictures = others.map(laid), apart = pictures.map((picture) => origin && picture && subtract(origin, picture));
+    const known = apart.filter(Boolean), kind = known[0]?.kind;
+    const far = Math.max(0, ...known.flatMap((picture) => domain(picture).map(Math.abs)), kind === 'difference' ? 0.5 : 0);
+    const colours = known.length ? scaleOf(kind, -far, far) : null;
+    this.grid.classList.toggle('wide', wide);
+    this.grid.style.gridTemplateColumns = wide ? `${left.width}px ${right.width}px` : '';
+    const cells = [[base, origin, null, []], ...others.map((side, i) => [side, pictures[i], apart[i], firsts(side.told)])].map(([side, picture, difference, marks], i) => {
+      const panel = this.panel(i), { name } = side.run;
+      const title = el('h3', {}, dot(side.hue), name, i ? '' : el('span', { class: 'pill' }, 'baseline'));
+      if (picture) panel.map.update({ ...left, picture, marks, name: `Map of ${name}`, describe: (v, s) => describe(picture, v, s) });
+      if (difference) {
+        panel.apart.update({ ...right, picture: difference, scale: colours, marks, name: `${name} against ${base.run.name}`,
+          describe: (v) => (kind === 'difference' ? `${short(10 ** v)} times the baseline's` : `${short(Math.abs(v))} ${v < 0 ? 'less' : 'more'} than the baseline's`) });
+      }
+      const own = picture ? panel.map.node : el('p', { class: 'empty' }, `${name} did not record this statistic.`);
+      if (i) return [el('div', {}, title, own), el('div', {}, el('h3', {}, wide ? 'against the baseline' : `${name} against the baseline`), difference ? panel.apart.node : el('p', { class: 'empty' }, 'Nothing to compare.'))];
+      const key = colours ? el('div', { class: 'key-to' }, el('h3', {}, 'Against the baseline'), legend(colours),
+        el('p', { class: 'firsts' }, el('i', { class: 'first differs' }), 'first step whose loss has other bits ', el('i', { class: 'first diverges' }), 'first step more than 5 % apart')) : '';
+      return [el('div', {}, title, own), el('div', {}, key)];
+    });
+    this.panels.length = cells.length;
+    const held = this.grid.contains(document.activeElement) ? document.activeElement : null;
+    this.grid.replaceChildren(...cells.flat());
+    held?.focus({ preventScroll: true });
+  }
+
+  panel(i) {
+    return (this.panels[i] ??= { map: new Heatmap('', this.does), apart: new Heatmap('', this.does) });
+  }
+
+  cursor(step) {
+    for (const { map, apart } of this.panels) {
+      for (const heat of [map, apart]) {
+        if (!heat.view || !heat.canvas.offsetParent || heat.cell) continue;
+        heat.view.cursor = step;
+        heat.draw();
+      }
     }
-    this.said.textContent = sentence(told);
-    this.ranked.replaceChildren(...explanations(told, run.name, versus.name));
-    this.table.replaceChildren(told.passport.length ? table(told.passport, run.name, versus.name)
-      : el('p', { class: 'empty' }, 'The passports say the same.'));
+    if (this.loss.view && this.loss.canvas.offsetParent) { this.loss.view.cursor = step; this.loss.draw(); }
   }
 }
 
-// The loss of a run in the columns of the other one's picture: each run of a report has columns of its own.
+const dot = (hue) => {
+  const node = el('i', { class: 'dot' });
+  node.style.background = hue;
+  return node;
+};
+
+// Marks over a map: the first step whose loss is not the same bits, and the first at which one can see it.
+const firsts = (told) => [[told.differs, 'warning'], [told.diverges, 'error']].filter(([step]) => step !== null)
+  .map(([step, colour]) => ({ first: step, last: step, colour, current: true }));
+
+// The loss of a run in the columns of the frame: each run of a report has columns of its own.
 function along(edges, { arrays: { loss }, edges: own }) {
   const n = loss.shape[1], at = Array.from({ length: edges.length - 1 }, (_, i) => column(own, (edges[i] + edges[i + 1] - 1) / 2));
   const [low, mean, high] = [0, 1, 2].map((k) => Float32Array.from(at, (c) => (c < 0 ? NaN : loss[k * n + c])));
   return { low, mean, high };
 }
+
+// All runs in a few words each, the baseline first.
+function board(sides) {
+  const since = (told, name) => (!told ? '' : !told.common ? 'no common steps' : told[name] === null ? 'never' : `step ${count(told[name])}`);
+  const why = ({ told }) => {
+    if (!told) return '';
+    const [first] = told.ranked;
+    return first ? [el('b', {}, first.name), ` ${first.good} → ${first.bad} `, share(first)] : [told.verdict];
+  };
+  const row = (side) => el('tr', {}, el('th', { scope: 'row' }, dot(side.hue), side.run.name, side.told ? '' : ' ', side.told ? '' : el('span', { class: 'pill' }, 'baseline')),
+    el('td', {}, HEALTH[side.run.verdict.level] || side.run.verdict.title.replace('Likely cause: ', '')),
+    el('td', { class: 'number' }, side.run.loss ? `${short(side.run.loss[0])} → ${short(side.run.loss[1])}` : '-'),
+    el('td', { class: 'number' }, since(side.told, 'differs')), el('td', { class: 'number' }, since(side.told, 'diverges')), el('td', {}, ...why(side)));
+  return scroll('The runs', 'board', el('thead', {}, el('tr', {}, ...['Run', 'Verdict', 'Loss', 'Other bits from', 'Over 5 % apart from', 'Most likely explained by']
+    .map((name) => el('th', { scope: 'col' }, name)))), el('tbody', {}, ...sides.map(row)));
+}
+
+const share = (difference) => el('span', { class: 'share' }, `${Math.round(100 * difference.likelihood)} % likely`);
 
 function sentence(told) {
   if (!told.common) return 'The runs have no recorded steps in common.';
@@ -71,46 +174,37 @@ function sentence(told) {
   return `The losses first differ at step ${count(told.differs)}, ${seen}`;
 }
 
-// What likely explains that the other run did not do what this one did, and where it left this one's band.
-function explanations(told, run, versus) {
+// What likely explains that one did not do what the other did, and where it left its band.
+function explanations(told, run, versus, several) {
   const [good, bad] = told.good === 'run' ? [run, versus] : [versus, run];
   const likely = told.ranked.map((d) => el('li', {},
-    el('p', {}, el('b', {}, d.name), ` ${d.good} → ${d.bad} `, el('span', { class: 'share' }, `${Math.round(100 * d.likelihood)} % likely`)),
+    el('p', {}, el('b', {}, d.name), ` ${d.good} → ${d.bad} `, share(d)),
     el('p', {}, [d.message, ...d.support].filter(Boolean).join(' ')),
     ...d.advice.map((line) => el('p', { class: 'try' }, el('b', {}, 'Try'), line))));
-  return [
-    el('h3', {}, likely.length ? `What most likely explains that ${bad} (BAD) differs from ${good} (GOOD)` : told.verdict),
-    likely.length ? el('ol', { 'aria-label': 'Explanations, likeliest first' }, ...likely) : '',
-    el('p', {}, told.start),
-    ...(told.departures.length ? [el('p', {}, 'BAD leaves the band in which GOOD moves:'), el('ul', {}, ...told.departures.map((each) => el('li', {}, each)))] : []),
-  ];
+  return {
+    title: several ? `${bad} (BAD) against ${good} (GOOD)`
+      : likely.length ? `What most likely explains that ${bad} (BAD) differs from ${good} (GOOD)` : told.verdict,
+    body: [
+      several && !likely.length ? el('p', {}, told.verdict) : '',
+      likely.length ? el('ol', { 'aria-label': 'Explanations, likeliest first' }, ...likely) : '',
+      el('p', {}, `${told.start} ${sentence(told)}`),
+      ...(told.departures.length ? [el('p', {}, 'BAD leaves the band in which GOOD moves:'), el('ul', {}, ...told.departures.map((each) => el('li', {}, each)))] : []),
+    ],
+  };
 }
 
-function table(rows, left, right) {
-  return el('div', { class: 'scroll', tabindex: 0, role: 'region', 'aria-label': 'What differs between the passports' }, el('table', {},
-    el('caption', {}, 'What differs between the passports'),
-    el('thead', {}, el('tr', {}, el('th', { scope: 'col' }, 'Entry'), el('th', { scope: 'col' }, left), el('th', { scope: 'col' }, right))),
-    el('tbody', {}, ...rows.map(([name, a, b]) => el('tr', {}, el('th', { scope: 'row' }, name), el('td', {}, a), el('td', {}, b))))));
+// What differs between the passports, a column a run; what is not the baseline's stands out.
+function table(base, others) {
+  const lines = passports(others.map(({ told }) => told.passport));
+  if (!lines.length) return el('p', { class: 'empty' }, 'The passports say the same.');
+  const head = [base, ...others].map((side) => el('th', { scope: 'col' }, dot(side.hue), side.run.name));
+  return scroll('What differs between the passports', 'passports', el('thead', {}, el('tr', {}, el('th', { scope: 'col' }, 'Entry'), ...head)),
+    el('tbody', {}, ...lines.map(([name, own, ...rest]) => el('tr', {}, el('th', { scope: 'row' }, name), el('td', {}, own),
+      ...rest.map((value) => el('td', {}, value === own ? value : el('b', {}, value)))))));
 }
 
-// The other run's picture with the rows of ours.
-function match(mine, yours, labels, theirs) {
-  const at = labels.map((label) => theirs.indexOf(label)), columns = Math.min(mine.columns, yours.columns), arrays = { extents: yours.arrays.extents };
-  for (const [name, make] of [['low', Int16Array], ['mean', Int16Array], ['high', Int16Array], ['states', Uint8Array]]) {
-    arrays[name] = make.from({ length: columns * labels.length }, (_, i) => {
-      const row = at[i % labels.length], c = Math.floor(i / labels.length);
-      return row < 0 ? (name === 'states' ? STATE.missing : MISSING) : yours.arrays[name][c * yours.rows + row];
-    });
-  }
-  return { ...yours, rows: labels.length, columns, arrays };
+function scroll(name, kind, ...parts) {
+  return el('div', { class: `scroll ${kind}`, tabindex: 0, role: 'region', 'aria-label': name }, el('table', {}, el('caption', {}, name), ...parts));
 }
 
-function subtract(mine, other) {
-  const logarithmic = mine.kind === 'ratio' || mine.kind === 'log', size = other.arrays.mean.length;
-  const values = Float32Array.from({ length: size }, (_, i) => decode(other.arrays.mean[i], other.factor) - decode(mine.arrays.mean[i], mine.factor));
-  const far = values.reduce((a, v) => (Number.isFinite(v) ? Math.max(a, Math.abs(v)) : a), 0) || 1, factor = 32000 / far;
-  const mean = Int16Array.from(values, (v) => (Number.isFinite(v) ? Math.round(v * factor) : MISSING));
-  const states = Uint8Array.from(mean, (code, i) => (code === MISSING ? STATE.missing
-    : Math.max(mine.arrays.states[i], other.arrays.states[i]) === STATE.nonfinite ? STATE.nonfinite : STATE.fine));
-  return { ...other, kind: logarithmic ? 'difference' : 'signed', factor, arrays: { ...other.arrays, low: mean, mean, high: mean, states } };
-}
+export { MOST as MOST_RUNS };

@@ -25,14 +25,18 @@ function leaf(role, one) {
   return lines;
 }
 
+// How much of the data a description is of.
+const sample = ({ rows, batches, share }) => (share >= 1 ? `all rows, ${count(batches)} batches` : `${count(rows)} rows (${percent(share)}), ${count(batches)} batches`);
+
 function lines(side) {
   if (!side) return new Map();
   const rows = side.rows === undefined ? [] : [['rows', count(side.rows)], ['batches', count(side.batches)], ['rows a batch', (side.batch_size || []).join(' to ')]];
+  const seen = side.seen ? [['described from', sample(side.seen)]] : [], watched = side.passes?.length > 1 ? [['passes looked at', count(side.passes.length)]] : [];
   const order = side.order ? [['order repeats from pass to pass', side.order.inputs_repeat ? 'yes' : 'no']] : [];
   const shuffles = (side.pipeline?.shuffles || []).map((s, i) => [`shuffle ${i + 1} of the pipeline`,
     [`buffer ${s.buffer ?? '?'}`, s.cardinality !== null && s.cardinality !== undefined ? `of ${count(s.cardinality)}` : '', s.before_batch === false ? 'after batch' : ''].filter(Boolean).join(' ')]);
   return new Map([
-    ['source', String(side.source ?? '-')], ...(side.unseen ? [['not looked at', side.unseen]] : []), ...rows,
+    ['source', String(side.source ?? '-')], ...(side.unseen ? [['not looked at', side.unseen]] : []), ...rows, ...seen, ...watched,
     ...(side.pipeline?.stages ? [['pipeline', side.pipeline.stages.map((s) => s.name).join(' → ')]] : []), ...shuffles, ...order,
     ...(side.duplicates ? [['rows that occur twice', percent(side.duplicates.share)]] : []),
     ...(side.inputs || []).flatMap((one) => leaf('input', one)), ...(side.targets || []).flatMap((one) => leaf('target', one)),

@@ -15,7 +15,11 @@ export async function embedded(content) {
     live: false,
     runs: async () => ({ runs: content.names, versus: content.versus }),
     run: async ({ run }) => content.runs[run],
-    compare: async ({ run, versus }) => content.compared[`${run}\n${versus}`],
+    compare: async ({ run, versus }) => {
+      const told = content.compared[`${run}\n${versus}`], reverse = content.compared[`${versus}\n${run}`];
+      if (!told && !reverse) throw new Error(`This report does not hold the comparison of ${versus} with ${run}. TensorBoard shows it.`);
+      return told || turned(reverse);
+    },
     map: async (query) => cut(of(query.run, query.statistic), query),
     scalars: async (query) => {
       const { arrays, edges } = of(query.run, 'scalars'), names = Object.keys(arrays).filter((name) => name !== 'extents');
@@ -43,6 +47,9 @@ export async function embedded(content) {
     },
   };
 }
+
+// The same comparison with the other run as the baseline.
+const turned = (told) => ({ ...told, good: told.good === 'run' ? 'versus' : 'run', passport: told.passport.map(([name, a, b]) => [name, b, a]) });
 
 async function message(text) {
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));

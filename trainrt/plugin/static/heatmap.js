@@ -32,23 +32,25 @@ export class Heatmap {
     this.canvas.addEventListener('blur', () => this.point(null, false));
   }
 
-  // `view`: picture, order (rows from top to bottom), labels, scale, show ("mean", "low", "high"), chosen, marks, width.
+  // `view`: picture, order (rows from top to bottom), labels, scale, show ("mean", "low", "high"), chosen, marks, width;
+  // and, where many maps are shown, name, left (the gutter; 0: no labels), tall (pixels that many rows may take).
   update(view) {
     this.view = view;
+    if (view.name) this.canvas.setAttribute('aria-label', view.name);
     this.image = paint(view);
     this.draw();
   }
 
   get rowHeight() {
     const rows = this.view.order.length;
-    return rows <= 6 ? 34 : rows <= 14 ? 24 : rows <= 24 ? 18 : Math.max(2, Math.min(16, 460 / rows));
+    return rows <= 6 ? 34 : rows <= 14 ? 24 : rows <= 24 ? 18 : Math.max(2, Math.min(16, (this.view.tall || 460) / rows));
   }
 
   draw() {
     if (!this.view) return;
-    const { picture, order, labels, width, chosen, marks } = this.view;
+    const { picture, order, labels, width, left, chosen, marks } = this.view;
     const [first, stop] = picture.edges;
-    const axis = (this.axis = new Axis(width, first, stop - 1));
+    const axis = (this.axis = new Axis(width, first, stop - 1, left));
     const high = this.rowHeight, tall = Math.round(order.length * high);
     const context = surface(this.canvas, width, TOP + tall + BOTTOM);
     hatch(context, axis.left, TOP, axis.width, tall);
@@ -59,7 +61,7 @@ export class Heatmap {
       for (let i = 1; i < order.length; i += 1) context.fillRect(axis.left, Math.round(TOP + i * high) - 0.5, axis.width, 1);
     }
     axis.drawTicks(context, TOP + tall + 2);
-    this.drawLabels(context, order, labels, chosen, high);
+    if (axis.left) this.drawLabels(context, order, labels, chosen, high);
     for (const mark of marks) {
       const a = Math.max(axis.x(mark.first), axis.left), b = Math.min(axis.x(mark.last + 1), axis.left + axis.width);
       if (b < axis.left || a > axis.left + axis.width) continue;

@@ -4,7 +4,7 @@
 // the run and its first picture, are all asked for before any of them is there.
 
 const MODULES = ['axis', 'chart', 'comparison', 'data', 'dom', 'drill', 'heatmap', 'legend', 'map', 'numbers', 'page',
-  'passport', 'place', 'scale', 'source', 'theme', 'verdict', 'wire'];
+  'pairs', 'passport', 'place', 'scale', 'source', 'theme', 'verdict', 'wire'];
 const API = './api/'; // from the frame's base, with the prefix or the proxy that TensorBoard is behind
 
 const link = (rel, name) => {

@@ -1,5 +1,5 @@
 // The page: asks for what the place needs, hands it to the sections, and keeps up with a run that grows.
-import { Comparison } from './comparison.js';
+import { Comparison, MOST_RUNS } from './comparison.js';
 import { choice, el, once } from './dom.js';
 import { Drill, MOST, statisticsOf } from './drill.js';
 import { chosen, MapSection } from './map.js';
@@ -54,7 +54,7 @@ class Page {
     try {
       const told = await this.source.runs();
       this.names = told.runs;
-      if (told.versus && !this.place.versus && !this.place.run) this.place.versus = told.versus;
+      if (told.versus && !this.place.versus.length && !this.place.run) this.place.versus = told.versus;
     } catch (error) {
       return this.fail(error);
     }
@@ -132,11 +132,23 @@ class Page {
     const { place } = this, key = JSON.stringify([this.names, place.run, place.versus, this.lost]);
     if (key === this.barred) return;
     this.barred = key;
-    const others = this.names.filter((name) => name !== place.run);
+    const chosen = this.versus, others = this.names.filter((name) => name !== place.run && !chosen.includes(name));
+    const held = this.bar.contains(document.activeElement) ? document.activeElement.getAttribute('aria-label') : null;
+    const room = MOST_RUNS - 1 - chosen.length, all = others.length > 1 && others.length <= room;
+    const add = (value) => place.set({ versus: [...chosen, ...(value === '*' ? others : [others[Number(value)]])] });
     this.bar.replaceChildren(
-      choice('Run', this.names.map((n) => [n, n]), place.run, (run) => { this.settled = false; place.set({ run, versus: place.versus === run ? '' : place.versus, rows: [], finding: null, first: null, last: null }); }),
-      others.length ? choice('Compare with', [['', 'nothing'], ...others.map((n) => [n, n])], place.versus, (versus) => place.set({ versus })) : '',
+      choice('Run', this.names.map((n) => [n, n]), place.run, (run) => { this.settled = false; place.set({ run, versus: chosen.filter((n) => n !== run), rows: [], finding: null, first: null, last: null }); }),
+      others.length && room > 0 ? choice('Compare with', [['', chosen.length ? 'another run …' : 'a run …'], ...(all ? [['*', `all ${others.length} others`]] : []),
+        ...others.map((n, i) => [String(i), n])], '', add) : '',
+      ...chosen.map((name, i) => {
+        const dot = el('i', { class: 'dot' });
+        dot.style.background = `var(--series${i + 1})`;
+        return el('button', { type: 'button', class: 'chip', 'aria-label': `Leave out ${name}`, onclick: () => place.set({ versus: chosen.filter((n) => n !== name) }) },
+          dot, name, el('span', { 'aria-hidden': 'true' }, ' ×'));
+      }),
+      chosen.length ? el('button', { type: 'button', class: 'plain', onclick: () => this.comparison.show() }, 'See the comparison') : '',
       this.lost ? el('span', { class: 'lost' }, `The run ${this.lost} is not here; this is the newest.`) : '');
+    if (held) (this.bar.querySelector(`[aria-label="${CSS.escape(held)}"]`) || this.bar.querySelector('[aria-label="Compare with"]'))?.focus();
   }
 
   moved(changed) {
@@ -180,6 +192,7 @@ class Page {
     this.step = step;
     requestAnimationFrame(() => {
       this.drill.cursor(this.step);
+      if (this.compared) this.comparison.cursor(this.step);
       if (this.map.heat.view && !this.map.heat.cell) { this.map.heat.view.cursor = this.step; this.map.heat.draw(); }
     });
   }
@@ -222,7 +235,7 @@ class Page {
     if (asked !== this.asked) return;
     this.shown.lines = lines;
     this.redraw();
-    await this.compare(view, picture, asked);
+    await this.compare(view, picture, scalars, asked);
   }
 
   redraw() {
@@ -230,27 +243,49 @@ class Page {
     const { picture, scalars, lines, labels, rows } = this.shown, width = this.width;
     this.map.update(this.run, picture, width, this.step);
     this.drill.update(this.run, labels, rows, scalars, lines, width, this.step);
-    if (this.compared) this.comparison.update({ ...this.compared, mine: picture, scalars, labels, scale: this.map.scale, width });
+    if (this.compared) this.comparison.update({ ...this.compared, frame: picture, rows: this.run.rows[this.place.group], scale: this.map.scale, width });
   }
 
-  async compare(view, picture, asked) {
-    const { place, source } = this;
-    this.comparison.node.hidden = !place.versus || !this.names.includes(place.versus);
+  // The other runs of the comparison, which are here, in the order in which they were chosen.
+  get versus() {
+    const { place } = this;
+    return [...new Set(place.versus)].filter((name) => name !== place.run && this.names.includes(name)).slice(0, MOST_RUNS - 1);
+  }
+
+  // Asks for the same picture of each run that is compared, and for what is to be said of each against the baseline.
+  async compare(view, picture, scalars, asked) {
+    const { place, source, versus } = this;
+    this.comparison.node.hidden = !versus.length;
     this.compared = null;
-    if (this.comparison.node.hidden) return;
-    const versus = await source.run({ run: place.versus });
-    if (versus.unreadable || !versus.windows) {
-      this.comparison.said.textContent = versus.unreadable || `${place.versus} has no recorded steps.`;
-      return;
-    }
-    const [a, b] = picture.edges;
-    const there = { ...view, run: place.versus, first: a, last: b - 1, columns: picture.columns, exact: 1 };
-    const [yours, others, told] = await Promise.all([
-      source.map({ ...there, statistic: place.statistic }), source.scalars(there),
-      source.compare({ run: place.run, versus: place.versus })]);
+    if (!versus.length) return;
+    const runs = [this.run, ...await Promise.all(versus.map((run) => source.run({ run })))];
+    const read = runs.filter((run) => !run.unreadable && run.windows);
+    const base = read.find((run) => run.name === place.baseline) || this.run;
+    const [a, b] = picture.edges, there = { ...view, first: a, last: b - 1, columns: picture.columns, exact: 1 };
+    const unreadable = runs.filter((run) => !read.includes(run)).map((run) => run.unreadable || `${run.name} has no recorded steps.`);
+    const sides = await Promise.all(read.map(async (run) => {
+      const own = run === this.run, knows = run.statistics.some((s) => s.name === place.statistic);
+      const [shown, lines, told] = await Promise.all([
+        own ? picture : knows ? source.map({ ...there, run: run.name, statistic: place.statistic }) : null,
+        own ? scalars : source.scalars({ ...there, run: run.name }), run === base ? null : this.told(base, run).catch((error) => { unreadable.push(error.message); })]);
+      return { run, picture: shown, scalars: lines, told };
+    }));
     if (asked !== this.asked) return;
-    this.compared = { run: this.run, versus, yours, others, told };
+    this.compared = { sides: sides.filter((side) => side.told !== undefined), unreadable };
     this.redraw();
+  }
+
+  // What is said of a run against another stays true until either grows: zooming asks for pictures only.
+  told(base, run) {
+    const key = JSON.stringify([base, run].map((one) => [one.name, one.windows, one.judged, Boolean(one.end)]));
+    this.answers ??= new Map();
+    if (!this.answers.has(key)) {
+      const answer = this.source.compare({ run: base.name, versus: run.name });
+      this.answers.set(key, answer);
+      answer.catch(() => this.answers.delete(key));
+      if (this.answers.size > 64) this.answers.delete(this.answers.keys().next().value);
+    }
+    return this.answers.get(key);
   }
 
   async pulse() {

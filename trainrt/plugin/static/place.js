@@ -1,8 +1,9 @@
 // The place one looks at: run, statistic, steps, rows. It lives in the address, so that it can be linked to and kept.
 const EMPTY = {
-  run: '', versus: '', statistic: 'update_ratio', group: 'layers', order: 'depth', show: 'mean',
+  run: '', versus: [], baseline: '', statistic: 'update_ratio', group: 'layers', order: 'depth', show: 'mean',
   first: null, last: null, rows: [], finding: null,
 };
+const LISTS = new Set(['versus', 'rows']);
 const NUMBERS = new Set(['first', 'last', 'finding']);
 
 export class Place {
@@ -36,7 +37,7 @@ export class Place {
     for (const [key, value] of given) {
       const name = key.replace(/^p\.trainrt\./, '');
       if (!Object.hasOwn(EMPTY, name)) continue;
-      if (name === 'rows') next.rows.push(value);
+      if (LISTS.has(name)) next[name].push(value);
       else if (NUMBERS.has(name)) next[name] = /^\d{1,15}$/.test(value) ? Number(value) : null;
       else next[name] = value;
     }
@@ -49,7 +50,7 @@ export class Place {
     const text = new URLSearchParams();
     for (const [name, empty] of Object.entries(EMPTY)) {
       const value = this[name];
-      if (name === 'rows') value.forEach((row) => text.append('rows', row));
+      if (LISTS.has(name)) value.forEach((one) => text.append(name, one));
       else if (value !== null && value !== empty) text.append(name, value);
     }
     this.written = `#trainrt${text.size ? `&${text}` : ''}`;
