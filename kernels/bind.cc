@@ -31,7 +31,7 @@ class MeasureOp : public MeasureBase {
     OP_REQUIRES_OK(context, gather(context, spans, &rows, &scales));
     const int count = static_cast<int>(spans.size());
     measure(spans.data(), count, rows, parallel_on(context));
-    if (clip_ != Clip::kNone) clip(clip_, context->input(count).scalar<double>()(), rows, count, scales);
+    if (clip_ != Clip::kNone) clip(clip_, threshold(context), rows, count, scales);
   }
 };
 
@@ -53,7 +53,10 @@ class ObserveOp : public ObserveBase {
 class UpdateOp : public UpdateBase {
  public:
   explicit UpdateOp(tf::OpKernelConstruction* construction) : UpdateBase(construction) {
-    if (construction->status().ok()) steps_ = find_rule(rule_->name);
+    if (!construction->status().ok()) return;
+    steps_ = find_rule(rule_->name);
+    OP_REQUIRES(construction, sparse_.empty() || steps_->apart[0],
+                invalid("TrainrtUpdate: rule ", rule_->name, " takes no sparse gradients."));
   }
 
  protected:
@@ -81,13 +84,19 @@ class UpdateOp : public UpdateBase {
 
 REGISTER_OP("TrainrtMeasure")
     .Input("tensors: T")
+    .Input("indices: A * int64")  // of the tensors that `sparse` names: where the rows go that they are
     .Input("threshold: double")
     .Output("moments: double")
     .Output("scale: double")
     .Attr("T: list({float, double, bfloat16, half}) >= 1")
+    .Attr("A: int >= 0")
+    .Attr("sparse: list(int)")
+    .Attr("heights: list(int)")   // how many rows the dense tensor has
     .Attr("clip: string")
     .SetShapeFn([](tf::shape_inference::InferenceContext* c) {
-      const int64_t count = c->num_inputs() - 1;
+      int64_t sparse = 0;
+      TF_RETURN_IF_ERROR(c->GetAttr("A", &sparse));
+      const int64_t count = c->num_inputs() - sparse - 1;
       std::string clip;
       TF_RETURN_IF_ERROR(c->GetAttr("clip", &clip));
       c->set_output(0, c->Matrix(count, kMoments));
@@ -130,6 +139,7 @@ REGISTER_OP("TrainrtUpdate")
     .Input("weights: N * resource")
     .Input("slots: M * resource")
     .Input("gradients: N * T")
+    .Input("indices: A * int64")    // of the weights that `sparse` names: where the rows go that their gradients are
     .Input("factors: F * T")
     .Input("scalars: S * T")
     .Input("measured: double")      // as `TrainrtObserve` takes it
@@ -143,9 +153,11 @@ REGISTER_OP("TrainrtUpdate")
     .Attr("T: {float, double, bfloat16, half}")
     .Attr("N: int >= 1")
     .Attr("M: int >= 0")
+    .Attr("A: int >= 0")
     .Attr("F: int >= 0")
     .Attr("S: int >= 0")
     .Attr("rule: string")
+    .Attr("sparse: list(int)")
     .Attr("prepare: list(string)")
     .Attr("decay: list(int)")
     .Attr("graph: bool")

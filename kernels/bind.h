@@ -53,22 +53,63 @@ inline absl::Status table_of(const tf::Tensor& tensor, const char* name, int cou
   return absl::OkStatus();
 }
 
+inline absl::Status check_sparse(tf::OpKernelConstruction* construction, const std::vector<int>& sparse, int count) {
+  int given = 0;
+  TF_RETURN_IF_ERROR(construction->GetAttr("A", &given));
+  for (const int one : sparse)
+    if (one < 0 || one >= count) return invalid("`sparse` names tensor ", one, " of ", count, ".");
+  if (static_cast<int>(sparse.size()) != given) return invalid("`indices` has one tensor for each that is `sparse`.");
+  return absl::OkStatus();
+}
+
+// The rows of a sparse tensor by where they go.
+inline absl::Status sorted(const tf::Tensor& values, const tf::Tensor& indices, int64_t height, Rows& rows) {
+  const int64_t count = indices.NumElements();
+  int64_t width = 1;
+  for (int d = 1; d < values.dims(); ++d) width *= values.dim_size(d);
+  if (values.dims() < 1 || values.dim_size(0) != count)
+    return invalid("A sparse gradient has a row for each of its ", count, " indices. Received: ",
+                   values.shape().DebugString());
+  if (!rows.sort(indices.flat<tf::int64>().data(), count, height, width))
+    return invalid("An index of a sparse gradient is out of its ", height, " rows.");
+  return absl::OkStatus();
+}
+
 class MeasureBase : public tf::OpKernel {
  public:
   explicit MeasureBase(tf::OpKernelConstruction* construction) : OpKernel(construction) {
     std::string name;
     OP_REQUIRES_OK(construction, construction->GetAttr("clip", &name));
     clip_ = clip_of(name, construction);
+    OP_REQUIRES_OK(construction, construction->GetAttr("sparse", &sparse_));
+    OP_REQUIRES_OK(construction, construction->GetAttr("heights", &heights_));
+    const int count = construction->num_inputs() - static_cast<int>(sparse_.size()) - 1;
+    OP_REQUIRES_OK(construction, check_sparse(construction, sparse_, count));
+    OP_REQUIRES(construction, heights_.size() == sparse_.size(),
+                invalid("TrainrtMeasure takes a height for each tensor that is sparse."));
   }
 
  protected:
   Clip clip_ = Clip::kNone;
+  std::vector<int> sparse_;
+  std::vector<tf::int64> heights_;
 
-  // The tensors and the outputs; the threshold is the input after them.
+  double threshold(tf::OpKernelContext* context) const {
+    return context->input(context->num_inputs() - 1).scalar<double>()();
+  }
+
+  // The tensors and the outputs.
   absl::Status gather(tf::OpKernelContext* context, std::vector<Span>& spans, double** rows, double** scales) {
-    const int count = context->num_inputs() - 1;
+    const int count = context->num_inputs() - static_cast<int>(sparse_.size()) - 1;
+    static thread_local std::vector<Rows> sparse;
+    sparse.resize(std::max(sparse.size(), sparse_.size()));
     spans.clear();
     for (int i = 0; i < count; ++i) spans.push_back(span_of(context->input(i)));
+    for (size_t k = 0; k < sparse_.size(); ++k) {
+      TF_RETURN_IF_ERROR(sorted(context->input(sparse_[k]), context->input(count + k), heights_[k], sparse[k]));
+      spans[sparse_[k]].size = sparse[k].width * heights_[k];
+      spans[sparse_[k]].rows = &sparse[k];
+    }
     tf::Tensor *moments = nullptr, *scale = nullptr;
     TF_RETURN_IF_ERROR(context->allocate_output(0, {count, kMoments}, &moments));
     TF_RETURN_IF_ERROR(context->allocate_output(1, {clip_ == Clip::kNone ? 0 : count}, &scale));
@@ -214,6 +255,7 @@ class UpdateBase : public tf::OpKernel {
     OP_REQUIRES_OK(construction, construction->GetAttr("F", &factor_count_));
     OP_REQUIRES_OK(construction, construction->GetAttr("S", &scalar_count_));
     OP_REQUIRES_OK(construction, construction->GetAttr("prepare", &prepare));
+    OP_REQUIRES_OK(construction, construction->GetAttr("sparse", &sparse_));
     OP_REQUIRES_OK(construction, construction->GetAttr("decay", &decay_));
     OP_REQUIRES_OK(construction, construction->GetAttr("graph", &graph_));
     OP_REQUIRES_OK(construction, construction->GetAttr("observe", &observe_));
@@ -246,6 +288,9 @@ class UpdateBase : public tf::OpKernel {
                                             " scalars, three more if a weight decays, one `decay` a weight, and one "
                                             "`prepare` a factor. Received: N=", count_, ", M=", slot_count_,
                                             ", S=", scalar_count_, ", F=", factor_count_, "."));
+    OP_REQUIRES_OK(construction, check_sparse(construction, sparse_, count_));
+    OP_REQUIRES(construction, sparse_.empty() || !factor_count_,
+                invalid("TrainrtUpdate takes no factors beside sparse gradients."));
     for (const std::string& how : prepare) {
       OP_REQUIRES(construction, how == "multiply" || how == "divide" || how == "clip",
                   invalid("TrainrtUpdate prepares by multiply, divide or clip. Received: ", how));
@@ -266,7 +311,7 @@ class UpdateBase : public tf::OpKernel {
   int momentum_ = -1, second_ = -1;
   int count_ = 0, slot_count_ = 0, factor_count_ = 0, scalar_count_ = 0;
   std::vector<Prepare> prepare_;
-  std::vector<int> decay_;
+  std::vector<int> decay_, sparse_;
   bool graph_ = true, observe_ = false;
   tf::int64 every_ = 1;
   Clip own_clip_ = Clip::kNone;
@@ -289,7 +334,9 @@ class UpdateBase : public tf::OpKernel {
       weight.size = variables[i]->tensor()->NumElements();
       weight.decay = static_cast<Decay>(decay_[i]);
       weight.gradient = gradient.NumElements() ? gradient.tensor_data().data() : nullptr;
-      if (weight.gradient && gradient.NumElements() != weight.size) {
+      weight.rows = nullptr;
+      const bool sparse = std::find(sparse_.begin(), sparse_.end(), i) != sparse_.end();
+      if (weight.gradient && !sparse && gradient.NumElements() != weight.size) {
         return invalid("TrainrtUpdate: weight ", i, " has ", weight.size,
                                            " elements and its gradient ", gradient.NumElements(), ".");
       }
@@ -302,13 +349,25 @@ class UpdateBase : public tf::OpKernel {
         }
       }
     }
+    int input = 2 * count_ + slot_count_;
+    static thread_local std::vector<Rows> rows;
+    rows.resize(std::max(rows.size(), sparse_.size()));
+    for (size_t k = 0; k < sparse_.size(); ++k, ++input) {
+      Weight& weight = weights[sparse_[k]];
+      const tf::Tensor& values = context->input(count_ + slot_count_ + sparse_[k]);
+      const tf::TensorShape& shape = variables[sparse_[k]]->tensor()->shape();
+      TF_RETURN_IF_ERROR(sorted(values, context->input(input), shape.dims() ? shape.dim_size(0) : 0, rows[k]));
+      if (rows[k].width * shape.dim_size(0) != weight.size)
+        return invalid("TrainrtUpdate: weight ", sparse_[k], " has rows of another width than its gradient.");
+      weight.gradient = values.NumElements() ? values.tensor_data().data() : static_cast<const void*>(&rows[k]);
+      weight.rows = &rows[k];
+    }
     Update u = {};
     u.weights = weights.data();
     u.count = count_;
     Factor factors[kMaxFactors];
     u.factors = factors;
     u.factor_count = factor_count_;
-    int input = 2 * count_ + slot_count_;
     for (int f = 0; f < factor_count_; ++f, ++input) {
       const tf::Tensor& values = context->input(input);
       if (values.NumElements() != 1 && values.NumElements() != count_) {

@@ -144,6 +144,7 @@ class MeasureGpuOp : public MeasureBase {
     static thread_local std::vector<Span> spans;
     static thread_local std::vector<device::Subject> subjects;
     device::Measured measured = {};
+    if (!sparse_.empty()) return invalid("TrainrtMeasure takes dense tensors on a GPU.");
     TF_RETURN_IF_ERROR(gather(context, spans, &measured.rows, &measured.scales));
     subjects.clear();
     for (const Span& span : spans) subjects.push_back(subject_of(span));
@@ -222,6 +223,7 @@ class UpdateGpuOp : public UpdateBase {
  protected:
   absl::Status run(tf::OpKernelContext* context, Update& u, const UpdateNumbers& numbers) override {
     static thread_local std::vector<device::Weight> weights;
+    if (!sparse_.empty()) return invalid("TrainrtUpdate takes dense gradients on a GPU.");
     std::vector<int64_t> sizes;
     weights.clear();
     for (int i = 0; i < count_; ++i) {

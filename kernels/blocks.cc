@@ -62,6 +62,16 @@ inline __attribute__((always_inline)) float roughly_total(const Floats* sets) {
   return across<float, kWidth>(&v, [](auto a, auto b) { return a + b; });
 }
 
+// Whether products of these gradients fit float32: their sum is neither infinite nor so small that underflow would show,
+// or all are zero. A whole number of strides.
+inline __attribute__((always_inline)) bool fits(float product, const float* gradient, int size) {
+  if (__builtin_expect((product >= 0x1p-90f || product <= -0x1p-90f) && product - product == 0, 1)) return true;
+  if (product != 0) return false;
+  Ints any = {};
+  for (int i = 0; i < size; i += kWidth) any |= magnitudes(load(gradient + i));
+  return largest(any) == 0;
+}
+
 }  // namespace
 
 inline __attribute__((always_inline)) void Lanes::add(const Floats* sets, double factor) {
@@ -192,11 +202,8 @@ void MotionFold::add(const float* gradient, const float* before, const float* af
         p[j] += g * u;
       }
     }
-    // The products fit float32 if their sum is neither infinite nor so small that underflow would show.
-    const float product = roughly_total(p);
-    const bool fits = (product >= 0x1p-90f || product <= -0x1p-90f) && product - product == 0;
     const int64_t still = zeros.total();
-    if (__builtin_expect(fits, 1) && update_.accept(top, s, q, still, 1.0f)) {
+    if (__builtin_expect(fits(roughly_total(p), gradient, size), 1) && update_.accept(top, s, q, still, 1.0f)) {
       update_.count_ += size;
       product_.add(p, 1.0);
       rounded_ += still - both.total();
@@ -276,8 +283,7 @@ void AdaptiveFold::add_strides(const float* gradient, const float* momentum, con
       low = v < low ? v : low;
     }
   }
-  const float product = roughly_total(p);
-  if (momentum && __builtin_expect((product >= 0x1p-90f || product <= -0x1p-90f) && is_finite_sum(product), 1)) {
+  if (momentum && __builtin_expect(fits(roughly_total(p), gradient, size), 1)) {
     product_.add(p, 1.0);
   } else if (momentum) {
     for (int i = 0; i < size; ++i) rest_.product += exact(gradient[i]) * exact(momentum[i]);

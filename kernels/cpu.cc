@@ -12,12 +12,16 @@ namespace {
 constexpr double kNaN = __builtin_nan("");
 
 template <typename T>
-Moments measure_chunk(const T* x, int64_t size) {
+Moments measure_chunk(const Span& span, int64_t offset) {
+  const T* x = static_cast<const T*>(span.data);
+  const int64_t end = std::min(span.size, offset + kChunk);
   typename Folded<T>::Fold fold;
   alignas(64) typename Folded<T>::Wide scratch[kBlock];
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, size - begin));
-    const auto* block = Folded<T>::widen(x + begin, n, scratch);
+  alignas(64) T summed[kBlock];
+  for (int64_t begin = offset; begin < end; begin += kBlock) {
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
+    if (span.rows) gather(*span.rows, x, T(1.0f), begin, n, {summed, nullptr, nullptr});
+    const auto* block = Folded<T>::widen(span.rows ? summed : x + begin, n, scratch);
     fold.add(block, n, block);
   }
   return fold.moments();
@@ -95,7 +99,7 @@ void measure(const Span* tensors, int count, double* rows, const Parallel& paral
     plan.each(begin, end, [&](int64_t chunk, int t, int64_t offset) {
       const Span& span = tensors[t];
       results[chunk] = with_type(span.dtype, [&](auto* type) {
-        return measure_chunk(static_cast<decltype(type)>(span.data) + offset, std::min(kChunk, span.size - offset));
+        return measure_chunk<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(span, offset);
       });
     });
   });
@@ -137,7 +141,7 @@ void observe(const Observe& o, const Parallel& parallel) {
       if (t >= o.count) {
         const Span& span = o.slot[t - o.count];
         partial.weight = with_type(span.dtype, [&](auto* type) {
-          return measure_chunk(static_cast<decltype(type)>(span.data) + offset, std::min(kChunk, span.size - offset));
+          return measure_chunk<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(span, offset);
         });
         return;
       }

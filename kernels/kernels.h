@@ -7,13 +7,15 @@
 #include "account.h"
 #include "chunks.h"
 #include "elements.h"
+#include "rows.h"
 
 namespace trainrt {
 
 struct Span {
   Dtype dtype = Dtype::kFloat32;
   const void* data = nullptr;
-  int64_t size = 0;
+  int64_t size = 0;            // of the dense tensor
+  const Rows* rows = nullptr;  // of a sparse one, whose `data` are its rows
 };
 
 // rows: [tensors, kMoments].
@@ -48,6 +50,7 @@ struct Weight {
   void* slots[kMaxSlots];
   int64_t size;
   Decay decay;
+  const Rows* rows = nullptr;  // of a sparse gradient, for a rule that has a step of its own for it
 };
 
 struct Factor {
@@ -76,13 +79,14 @@ struct Update {
   double *cube, *joint;    // as of `Observe`; null unless observed
 };
 
-// One block of a weight: scalars, elements, gradient, weight, kMaxSlots slots (null past the rule's own).
-using Step = void (*)(const void*, int, const void*, void*, void* const*);
+// One block of a weight: scalars, elements, gradient, its square if the step takes that apart, weight, kMaxSlots slots
+// (null past the rule's own).
+using Step = void (*)(const void*, int, const void*, const void*, void*, void* const*);
 using Steps = std::array<Step, kDtypes>;
 struct Rule {
   std::string name;
   int slots, scalars;
-  Steps graph, eager;
+  Steps graph, eager, apart;  // `apart` is null where the rule has no such step
 };
 const Rule* find_rule(const std::string& name);
 

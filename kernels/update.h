@@ -42,9 +42,16 @@ inline void decay(Decay how, const T* rates, int size, T* weight) {
   if constexpr (R::kSlots > 1) slot1[i] = q[1];     \
   if constexpr (R::kSlots > 2) slot2[i] = q[2];
 
+// Whether a rule can take the gradient's square apart from the gradient.
+template <typename R, typename = void>
+struct TakesApart : std::false_type {};
+template <typename R>
+struct TakesApart<R, std::void_t<decltype(&R::template step_apart<float>)>> : std::true_type {};
+
 // The rule over one block: the only code there is for each rule and dtype.
-template <typename R, typename T, bool kGraph>
-void step_block(const void* scalars, int size, const void* gradient_data, void* weight_data, void* const* slots) {
+template <typename R, typename T, bool kGraph, bool kApart = false>
+void step_block(const void* scalars, int size, const void* gradient_data, const void* square_data, void* weight_data,
+                void* const* slots) {
   T s[kMaxScalars];
   for (int i = 0; i < R::kScalars; ++i) s[i] = static_cast<const T*>(scalars)[i];
   const T* __restrict gradient = static_cast<const T*>(gradient_data);
@@ -65,6 +72,15 @@ void step_block(const void* scalars, int size, const void* gradient_data, void* 
       T w = weight[i], q[kMaxSlots];
       TRAINRT_LOAD_SLOTS
       R::step(s, gradient[i], w, q, std::conditional_t<kGraph, TimesReciprocal<T>, OverRootOf<T>>{roots[i]});
+      weight[i] = w;
+      TRAINRT_STORE_SLOTS
+    }
+  } else if constexpr (kApart) {
+    const T* __restrict square = static_cast<const T*>(square_data);
+    for (int i = 0; i < size; ++i) {
+      T w = weight[i], q[kMaxSlots];
+      TRAINRT_LOAD_SLOTS
+      R::step_apart(s, gradient[i], square[i], w, q);
       weight[i] = w;
       TRAINRT_STORE_SLOTS
     }
@@ -99,9 +115,10 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
   T* weight = static_cast<T*>(one.weight) + offset;
   T* slots[kMaxSlots] = {};
   for (int k = 0; k < rule.slots; ++k) slots[k] = static_cast<T*>(one.slots[k]) + offset;
-  const T* gradient = one.gradient ? static_cast<const T*>(one.gradient) + offset : nullptr;
+  const Rows* rows = one.rows;
+  const T* gradient = static_cast<const T*>(one.gradient) + (one.gradient && !rows ? offset : 0);
 
-  const Step step = (u.graph ? rule.graph : rule.eager)[static_cast<int>(DtypeOf<T>::value)];
+  const Step step = (rows ? rule.apart : u.graph ? rule.graph : rule.eager)[static_cast<int>(DtypeOf<T>::value)];
   T scalars[kMaxScalars];
   const int given = rule.scalars + (one.decay == Decay::kNone ? 0 : kDecayScalars);
   for (int i = 0; i < given; ++i) scalars[i] = *static_cast<const T*>(u.scalars[i]);
@@ -110,7 +127,7 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
   typename Folded<T>::Motion motion;
   typename Folded<T>::Adapt adaptive;
   const bool adapts = u.slots_due && (u.momentum >= 0 || u.second >= 0);
-  alignas(64) T prepared[kBlock], before[kBlock];
+  alignas(64) T prepared[kBlock], before[kBlock], summed[kBlock], squares[kBlock];
   alignas(64) Wide scratch[kBlock];
   const auto measure = [&](Fold& fold, const T* x, int n, int ahead) {
     fold.add(Folded<T>::widen(x, n, scratch), n, reinterpret_cast<const Wide*>(x + ahead));
@@ -120,29 +137,34 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
     T* w = weight + begin;
     void* q[kMaxSlots] = {};
     for (int k = 0; k < rule.slots; ++k) q[k] = slots[k] + begin;
+    const T *raw = gradient ? gradient + begin : nullptr, *taken = raw;
     if (gradient) {
-      const T* g = gradient + begin;
-      if (scales || u.factor_count) {
-        __builtin_memcpy(prepared, g, n * sizeof(T));
+      if (rows) {
+        gather(*rows, gradient, scales ? scales[index] : T(1.0f), offset + begin, n,
+               {summed, scales ? prepared : nullptr, squares});
+        raw = summed;
+        taken = scales ? prepared : summed;
+      } else if (scales || u.factor_count) {
+        __builtin_memcpy(prepared, raw, n * sizeof(T));
         if (scales) prepare(Prepare::kMultiply, scales[index], n, prepared);
         for (int f = 0; f < u.factor_count; ++f) {
           const Factor& factor = u.factors[f];
           prepare(factor.how, static_cast<const T*>(factor.values)[factor.each ? index : 0], n, prepared);
         }
-        g = prepared;
+        taken = prepared;
       }
       if (u.observe) __builtin_memcpy(before, w, n * sizeof(T));
       if (one.decay != Decay::kNone) decay(one.decay, scalars + rule.scalars, n, w);
-      step(scalars, n, g, w, q);
+      step(scalars, n, taken, rows ? squares : nullptr, w, q);
     }
     if (!u.observe) continue;
     if (gradient) {
-      Folded<T>::move(motion, gradient + begin, before, w, n);
-      if (!u.measured) measure(of_gradient, gradient + begin, n, 0);
+      Folded<T>::move(motion, raw, before, w, n);
+      if (!u.measured) measure(of_gradient, raw, n, 0);
     }
-    const auto slot_at = [&](int k) { return k < 0 ? nullptr : slots[k] + begin; };
+  const auto slot_at = [&](int k) { return k < 0 ? nullptr : slots[k] + begin; };
     if (adapts)
-      Folded<T>::adapt(adaptive, gradient ? gradient + begin : nullptr, slot_at(u.momentum), slot_at(u.second), n, u.division);
+      Folded<T>::adapt(adaptive, raw, slot_at(u.momentum), slot_at(u.second), n, u.division);
     measure(of_weight, w, n, kAhead);
     for (int k = 0; k < rule.slots; ++k) measure(of_slot[k], slots[k] + begin, n, kAhead);
   }
@@ -234,8 +256,17 @@ constexpr Steps steps() {
 }
 
 template <typename R>
+constexpr Steps apart() {
+  if constexpr (TakesApart<R>::value)
+    return {step_block<R, float, true, true>, step_block<R, double, true, true>, step_block<R, BFloat16, true, true>,
+            step_block<R, Float16, true, true>};
+  else
+    return {};
+}
+
+template <typename R>
 Rule rule() {
-  return {R::kName, R::kSlots, R::kScalars, steps<R, true>(), steps<R, !HasRoot<R>::value>()};
+  return {R::kName, R::kSlots, R::kScalars, steps<R, true>(), steps<R, !HasRoot<R>::value>(), apart<R>()};
 }
 
 }  // namespace trainrt

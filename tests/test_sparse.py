@@ -24,20 +24,20 @@ WORDS, WIDTH, ROWS = 40, 5, 30
 STEPS = 300
 
 
-def weights():
+def weights(dtype="float32"):
     rng = np.random.default_rng(0)
     shapes = {"words": (WORDS, WIDTH), "kernel": (WIDTH, 33), "positions": (7, 3), "bias": (33,)}
-    return [keras.Variable(rng.standard_normal(s).astype("float32") * 0.1, name=name) for name, s in shapes.items()]
+    return [keras.Variable(rng.standard_normal(s) * 0.1, dtype=dtype, name=name) for name, s in shapes.items()]
 
 
-def gradients(rng, t):
+def gradients(rng, t, dtype="float32"):
     """Of `weights`, the first and the third sparse: few indices, so that many come twice; tiny to large, many zeros."""
 
     def draw(*shape):
         values = rng.standard_normal(shape) * 10.0 ** rng.uniform(-6, 1, shape)
         if t % 5 == 1:
-            values = rng.standard_normal(shape) * 10.0 ** rng.uniform(-30, 15)
-        return tf.constant(np.where(rng.random(shape) < 0.2 * (t % 3), 0, values), tf.float32)
+            values = rng.standard_normal(shape) * 10.0 ** rng.uniform(-30, 15 if dtype != "float16" else 1)
+        return tf.cast(np.where(rng.random(shape) < 0.2 * (t % 3), 0, values), dtype)
 
     def rows(count, width):
         return tf.IndexedSlices(
@@ -52,13 +52,13 @@ def same(a, b):
     return ((a.view(f"u{a.dtype.itemsize}") == b.view(f"u{a.dtype.itemsize}")) | (np.isnan(a) & np.isnan(b))).all()
 
 
-def compare(make, steps, scales=False):
+def compare(make, steps, scales=False, dtype="float32"):
     """Keras and the fused pass side by side."""
-    theirs, ours = weights(), weights()
+    theirs, ours = weights(dtype), weights(dtype)
     reference, optimizer = make(), make()
     reference.build(theirs)
     optimizer.build(ours)
-    update = fused.plan(optimizer, ours, gradients(np.random.default_rng(0), 0))
+    update = fused.plan(optimizer, ours, gradients(np.random.default_rng(0), 0, dtype))
     assert isinstance(update, fused.Fused), update
 
     def times(g, s):
@@ -69,11 +69,11 @@ def compare(make, steps, scales=False):
     step = tf.function(lambda gs, scale: update.apply(gs, tf.stack(scale) if scales else None) and None)
     rng = np.random.default_rng(1)
     for t in range(steps):
-        gs = gradients(rng, t)
-        scale = [tf.constant(x, tf.float32) for x in rng.uniform(0.1, 1, 4)]
+        gs = gradients(rng, t, dtype)
+        scale = [tf.cast(tf.cast(x, tf.float32), dtype) for x in rng.uniform(0.1, 1, 4)]
         # Outside of the graph, where Grappler could merge the scale with the optimizer's own factors.
         keras_step([times(g, s) for g, s in zip(gs, scale, strict=True)] if scales else gs)
-        step(gs, scale)
+        step(gs, [tf.cast(s, tf.float32) for s in scale])
         if t < 10 or t % 20 == 0 or t == steps - 1:
             for a, b in zip([*theirs, *reference.variables], [*ours, *optimizer.variables], strict=True):
                 assert same(a, b), (t, b.path)
@@ -83,6 +83,51 @@ def compare(make, steps, scales=False):
 @pytest.mark.parametrize(("kind", "options"), MAKERS)
 def test_sparse_gradients_beside_a_fused_update_end_in_keras_s_bits(kind, options):
     compare(lambda: kind(learning_rate=0.01, **options), STEPS)
+
+
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_rows_of_every_dtype_are_added_up_as_tensorflow_does(dtype, scales):
+    compare(lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1), 40, scales, dtype)
+
+
+def test_rows_are_measured_as_the_dense_tensor_that_they_stand_for():
+    rng = np.random.default_rng(3)
+    values = tf.constant(rng.standard_normal((3000, 70)), tf.float32)  # rows that end within blocks, and within chunks
+    for indices, height in ((rng.integers(900, size=3000), 900), (rng.integers(-2, 40, size=3000), 6000)):
+        dense = tf.math.unsorted_segment_sum(values, indices, height)
+        got = native.measure([native.Rows(values, tf.constant(indices, tf.int64), height), values])
+        np.testing.assert_array_equal(got, native.measure([dense, values]))
+    nothing = native.Rows(values[:0], tf.zeros([0], tf.int64), 5)
+    np.testing.assert_array_equal(native.measure([nothing]), [[350, 0, 0, 0, 350, 0]])
+
+
+def test_no_rows_at_all_are_a_gradient_of_zeros():
+    ours, dense = weights()[:1], weights()[:1]
+    both = [keras.optimizers.Adam(0.1), keras.optimizers.Adam(0.1)]
+    rng = np.random.default_rng(0)
+    for optimizer, its in zip(both, (ours, dense), strict=True):
+        optimizer.build(its)
+    for count in (ROWS, 0):
+        rows = tf.IndexedSlices(
+            tf.constant(rng.standard_normal((count, WIDTH)), tf.float32),
+            tf.constant(rng.integers(WORDS, size=count)),
+            tf.constant([WORDS, WIDTH], tf.int64),
+        )
+        fused.plan(both[0], ours).apply([rows])
+        both[1].apply([rows], dense)
+    assert same(ours[0], dense[0])
+
+
+def test_an_index_outside_of_the_weight_is_an_error_and_changes_nothing():
+    its = weights()[:1]
+    optimizer = keras.optimizers.Adam(0.1)
+    optimizer.build(its)
+    before = its[0].numpy()
+    rows = tf.IndexedSlices(tf.ones([1, WIDTH]), tf.constant([WORDS]), tf.constant([WORDS, WIDTH], tf.int64))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="out of its 40 rows"):
+        fused.plan(optimizer, its).apply([rows])
+    np.testing.assert_array_equal(its[0].numpy(), before)
 
 
 @pytest.mark.parametrize("extra", [{"weight_decay": 0.1}, {"clipnorm": 0.5}, {"clipvalue": 0.01}], ids="-".join)

@@ -104,6 +104,7 @@ class Prober:
         self._sample: Sample | None = None
         self._reference: Reference | None = None
         self._cost: float | None = None  # of a look, as far as it is known
+        self._size: tuple[float, float] | None = None  # seconds of Python, and multiplications a row
         self._first_cost = 0.0
         self._spent = 0.0
         self._pending: Look | None = None
@@ -197,10 +198,12 @@ class Prober:
 
     def _estimate(self) -> float:
         """Seconds of a first look, roughly: Python's time for each layer, then arithmetic."""
-        layers = forward.layers_of(self._model)
-        steps = sum(max(_positions(layer), 1) for layer in layers if isinstance(layer, keras.layers.RNN))
-        rows = self._sample.rows if self._sample else FEW_ROWS
-        return 1e-3 * len(layers) + 4e-3 * steps + 6e-10 * rows * _macs(layers)
+        if self._size is None or not self._model.built:
+            layers = forward.layers_of(self._model)
+            steps = sum(max(_positions(layer), 1) for layer in layers if isinstance(layer, keras.layers.RNN))
+            self._size = 1e-3 * len(layers) + 4e-3 * steps, _macs(layers)
+        fixed, macs = self._size
+        return fixed + 6e-10 * (self._sample.rows if self._sample else FEW_ROWS) * macs
 
     @contextlib.contextmanager
     def _timed(self):

@@ -9,7 +9,8 @@ This holds for the exact optimizer types in `RULES`, while the Keras source that
 (`matched.py`), and for options that `plan` does not refuse. Everything else takes the generic path, which is always
 right: `optimizer.apply`, measured from outside (`generic.py`).
 
-Weights with a sparse gradient are updated beside the pass, by Keras's own ops (`sparse.py`).
+Weights with a sparse gradient are part of it where Keras makes that dense first, as Adam does, and else updated beside
+it, by Keras's own ops (`sparse.py`).
 
 On a GPU the pass is that of `cuda.py`'s library, once it has passed its trial there (`parity.py`).
 
@@ -322,12 +323,15 @@ class Fused:
       optimizer: The optimizer.
       variables: P weights.
       rule: The rule that updates them.
+      takes_rows: Whether weights with a sparse gradient are part of the pass.
     """
 
     def __init__(self, optimizer: keras.optimizers.Optimizer, variables: list):
         self.optimizer = optimizer
         self.variables = variables
         self.rule = RULES[type(optimizer)](optimizer)
+        apart = self.rule.name in ("adam", "adam_amsgrad") and clip.own(optimizer) is None
+        self.takes_rows = apart and not cuda.on_gpu(variables[0])
 
     @tf.autograph.experimental.do_not_convert
     def apply(
@@ -371,7 +375,7 @@ class Fused:
         else:
             step = (tf.constant(0, tf.int64), tf.constant(0.0, tf.float64), 1)
         groups: dict[str, list[int]] = {}
-        rows = [i for i, g in enumerate(gradients) if isinstance(g, tf.IndexedSlices)]
+        rows = [i for i, g in enumerate(gradients) if isinstance(g, tf.IndexedSlices) and not self.takes_rows]
         for i, variable in enumerate(self.variables):
             if (gradients[i] is not None or observe) and i not in rows:
                 groups.setdefault(_raw(variable).dtype.name, []).append(i)
@@ -401,7 +405,8 @@ class Fused:
         optimizer, rule = self.optimizer, self.rule
         weights = [self.variables[i] for i in index]
         missing = tf.zeros([0], dtype)
-        present = [gradients[i] for i in index]
+        pairs = [(gradients[i], self.variables[i]) for i in index]
+        present = [native.Rows.of(g, v) if isinstance(g, tf.IndexedSlices) else g for g, v in pairs]
         if len(index) < len(self.variables):
             scale = None if scale is None else tf.gather(scale, index)
             measured = None if measured is None else tf.gather(measured, index)

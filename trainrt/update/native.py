@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -226,12 +226,41 @@ def status() -> Status:
     return _status(path, False, reason, compiler)
 
 
+class Rows(NamedTuple):
+    """A sparse gradient, as the ops take it.
+
+    Attributes:
+      values: [N, ...] rows.
+      indices: [N] int64, where each goes; those of the same index are added up, in their order.
+      height: How many rows the dense tensor has.
+    """
+
+    values: tf.Tensor
+    indices: tf.Tensor
+    height: int
+
+    @property
+    def dtype(self) -> tf.DType:
+        return self.values.dtype
+
+    @classmethod
+    def of(cls, gradient: tf.IndexedSlices, variable) -> Rows:
+        return cls(gradient.values, tf.cast(gradient.indices, tf.int64), int(variable.shape[0]))
+
+    @staticmethod
+    def split(tensors: Sequence[tf.Tensor | Rows]) -> tuple[list[tf.Tensor], list[int], list[Rows]]:
+        """The tensors, the rows of sparse ones in their places; which ones are sparse; and these."""
+        sparse = [i for i, t in enumerate(tensors) if isinstance(t, Rows)]
+        return [t.values if isinstance(t, Rows) else t for t in tensors], sparse, [tensors[i] for i in sparse]
+
+
 @tf.autograph.experimental.do_not_convert
-def measure(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+def measure(tensors: Sequence[tf.Tensor | Rows]) -> tf.Tensor:
     """Reduces each tensor to its moments, in one op and a fixed order.
 
     Args:
-      tensors: P tensors of float32, float64, bfloat16 or float16, mixed or not, of any shape.
+      tensors: P tensors of float32, float64, bfloat16 or float16, mixed or not, of any shape. Rows count as the dense
+        tensor that they stand for.
 
     Returns:
       [P, 6] float64, columns as in `record.DEVICE_MOMENTS`; sums and the maximum are over finite elements.
@@ -242,7 +271,7 @@ def measure(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
 
 
 @tf.autograph.experimental.do_not_convert
-def measure_and_clip(tensors: Sequence[tf.Tensor], clip: str, threshold: float) -> tuple[tf.Tensor, tf.Tensor]:
+def measure_and_clip(tensors: Sequence[tf.Tensor | Rows], clip: str, threshold: float) -> tuple[tf.Tensor, tf.Tensor]:
     """The moments of gradients, at least one, and the scale of each that a clip of `trainrt.clip` asks for.
 
     Args:
@@ -253,8 +282,17 @@ def measure_and_clip(tensors: Sequence[tf.Tensor], clip: str, threshold: float) 
     Returns:
       [P, 6] and [P] float64.
     """
-    threshold = tf.constant(threshold, tf.float64)
-    return tuple(_ops().trainrt_measure(tensors=list(tensors), threshold=threshold, clip=clip))
+    dense, sparse, rows = Rows.split(tensors)
+    return tuple(
+        _ops().trainrt_measure(
+            tensors=dense,
+            indices=[r.indices for r in rows],
+            threshold=tf.constant(threshold, tf.float64),
+            sparse=sparse,
+            heights=[r.height for r in rows],
+            clip=clip,
+        )
+    )
 
 
 @tf.autograph.experimental.do_not_convert
@@ -317,10 +355,18 @@ def observe(
 
 
 @tf.autograph.experimental.do_not_convert
-def update(*, measured: tf.Tensor | None, scale: tf.Tensor | None, **arguments: Any) -> Any:
+def update(
+    *, gradients: Sequence[tf.Tensor | Rows], measured: tf.Tensor | None, scale: tf.Tensor | None, **arguments: Any
+) -> Any:
     """The op `TrainrtUpdate`, as `fused.py` calls it; `kernels/bind.cc` says what it takes."""
+    dense, sparse, rows = Rows.split(gradients)
     return _ops().trainrt_update(
-        measured=_or_empty(measured, [0, len(record.DEVICE_MOMENTS)]), scale=_or_empty(scale, [0]), **arguments
+        gradients=dense,
+        indices=[r.indices for r in rows],
+        sparse=sparse,
+        measured=_or_empty(measured, [0, len(record.DEVICE_MOMENTS)]),
+        scale=_or_empty(scale, [0]),
+        **arguments,
     )
 
 

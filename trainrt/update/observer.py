@@ -32,7 +32,7 @@ from trainrt.record.vocabulary import (
     Roster,
     unique,
 )
-from trainrt.update import fused, generic, moments, parity, taps
+from trainrt.update import fused, generic, moments, native, parity, taps
 from trainrt.update.origin import Origins
 
 LOSS_SCALARS = ("loss", "data_loss", "added_loss", "regularization_loss")
@@ -149,7 +149,8 @@ class Observer:
         measured = self._scale = scale = None
         dense: list = []
         if self._clip is not None or (self._measuring and isinstance(way, str)):
-            dense = [_dense(g, v) for g, v in zip(gradients, variables, strict=True)]
+            rows = not isinstance(way, str) and way.takes_rows
+            dense = [_dense(g, v, rows) for g, v in zip(gradients, variables, strict=True)]
         if self._clip is not None:
             with tf.name_scope(phases.CLIP):
                 measured, scale = moments.measure_and_clip(dense, self._clip, kernels, loss_scale)
@@ -301,8 +302,10 @@ def _summed(gradient, variable):
     return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, variable.shape[0])
 
 
-def _dense(gradient, variable) -> tf.Tensor | None:
-    """The gradient as a dense tensor of the weight's shape; rows of a sparse one with the same index are summed."""
+def _dense(gradient, variable, rows: bool) -> tf.Tensor | native.Rows | None:
+    """The gradient as a dense tensor of the weight's shape, or the `rows` of a sparse one that stand for it."""
+    if rows and isinstance(gradient, tf.IndexedSlices):
+        return native.Rows.of(gradient, variable)
     gradient = taps.tap(_summed(gradient, variable))
     return gradient if gradient is None or gradient.shape == variable.shape else tf.reshape(gradient, variable.shape)
 

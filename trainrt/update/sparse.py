@@ -1,11 +1,15 @@
-"""Weights whose gradient is an `IndexedSlices`, beside a fused update of the others.
+"""Weights whose gradient is an `IndexedSlices`, in a fused update or beside that of the others.
 
 What Keras does with the rows of such a gradient is up to each optimizer's source, and duplicates make it another
 thing each time: SGD subtracts row by row; RMSprop, Adagrad and Adadelta fold the rows' squares into a dense
-accumulator and then step row by row; Adam and its kin, Lion and SGD with momentum make the gradient dense first, and
-its square apart from it. So these weights are left to Keras's own `update_step`, rows and all, and only looked at
+accumulator and then step row by row; Adamax, Nadam, Lion and SGD with momentum do some of their arithmetic on the rows
+before they make them dense. So these weights are left to Keras's own `update_step`, rows and all, and only looked at
 from outside: nothing is made dense for the update that Keras does not make dense. Only the statistics take the
-gradient as the dense tensor that it stands for."""
+gradient as the dense tensor that it stands for.
+
+Adam and AdamW add up the rows of the same index, and apart from that their squares, and go on with these two dense
+tensors. So does the fused pass, block by block, without holding either (`kernels/rows.h`), unless they clip by
+themselves."""
 
 from __future__ import annotations
 
