@@ -1,8 +1,9 @@
 """What a step costs: `model.fit`, `model.fit` with its best `steps_per_execution`, and `trainrt.fit`.
 
-    python benchmarks/step.py [--workloads tiny small ...] [--rounds 5] [--json FILE]
+    python benchmarks/step.py [--workloads tiny small ...] [--rounds 5] [--seconds 4] [--json FILE]
 
-Each round trains every mode once, in an order that is shuffled anew, on a model that has been traced before; the
+Every fit is as long as takes Keras `--seconds` on this machine, so that what a fit costs once does not count as steps:
+a run of a second is half over before trainrt has looked into the model and described the data. Each round trains every mode once, in an order that is shuffled anew, on a model that has been traced before; the
 printed figure is the median over rounds of that round's ratio to bare `model.fit`. `on` observes every step, clips by
 the global norm and writes a log directory; `off` is `observe=False`. `first` is the ratio of the very first call,
 tracing and all. Wall times of other machines, and of this one an hour later, differ; ratios of one run may be compared.
@@ -38,14 +39,11 @@ layers = keras.layers
 
 
 class Workload(NamedTuple):
-    """A model and its data: `steps` steps take Keras two seconds or more, so that what a fit costs once "
-    "does not count as steps."""
+    """A model, how many rows of its data are made, and the size of its batches."""
 
     build: Callable[[], keras.Model]
     data: Callable[[np.random.Generator, int], tuple]
     batch: int
-    steps: int
-    loss: str = "mse"
 
 
 def mlp(inputs: int, *widths: int) -> Callable[[], keras.Model]:
@@ -100,13 +98,13 @@ def tokens(vocabulary: int):
 
 
 WORKLOADS = {
-    "tiny": Workload(mlp(64, 128, 128), vectors(64), 32, 3000),
-    "small": Workload(mlp(256, 512, 256), vectors(256), 32, 1200),
-    "mlp4m": Workload(mlp(1024, 2048, 1024), vectors(1024), 64, 80),
-    "mlp20m": Workload(mlp(2048, 4096, 2816), vectors(2048), 64, 20),
-    "cnn": Workload(cnn, images, 32, 300),
-    "lstm": Workload(lstm, tokens(5000), 32, 150),
-    "transformer": Workload(transformer, tokens(2000), 32, 120),
+    "tiny": Workload(mlp(64, 128, 128), vectors(64), 32),
+    "small": Workload(mlp(256, 512, 256), vectors(256), 32),
+    "mlp4m": Workload(mlp(1024, 2048, 1024), vectors(1024), 64),
+    "mlp20m": Workload(mlp(2048, 4096, 2816), vectors(2048), 64),
+    "cnn": Workload(cnn, images, 32),
+    "lstm": Workload(lstm, tokens(5000), 32),
+    "transformer": Workload(transformer, tokens(2000), 32),
 }
 BEST_EXECUTION = 64
 
@@ -121,8 +119,25 @@ def modes(logdir: str) -> dict[str, tuple[dict, Callable]]:
     }
 
 
-def measure(workload: Workload, rounds: int, logdir: str) -> dict:
-    x, y = workload.data(np.random.default_rng(0), workload.batch * workload.steps)
+def steps_of(workload: Workload, seconds: float) -> int:
+    """How many steps take Keras so long."""
+    model = workload.build()
+    model.compile("adam", "sparse_categorical_crossentropy")
+    steps = 8
+    while True:
+        x, y = workload.data(np.random.default_rng(0), workload.batch * steps)
+        model.fit(x, y, batch_size=workload.batch, verbose=0)  # the first time it is traced; and never slower than warm
+        begun = time.perf_counter()
+        model.fit(x, y, batch_size=workload.batch, verbose=0)
+        took = time.perf_counter() - begun
+        if took > seconds / 4:
+            return max(8, round(steps * seconds / took))
+        steps *= 2
+
+
+def measure(workload: Workload, rounds: int, seconds_each: float, logdir: str) -> dict:
+    count = steps_of(workload, seconds_each)
+    x, y = workload.data(np.random.default_rng(0), workload.batch * count)
     few = workload.batch * 2
     ready = {}
     first = {}
@@ -150,12 +165,13 @@ def measure(workload: Workload, rounds: int, logdir: str) -> dict:
             once[name].append(between - begun)
         for name, value in took.items():
             ratios[name].append(value / took["keras"])
-            seconds[name].append(value / workload.steps)
+            seconds[name].append(value / count)
     best = [on / best for on, best in zip(seconds["on"], seconds["keras_best"], strict=True)]
     usual = {name: statistics.median(values) for name, values in once.items()}
-    steps = {n: [s * workload.steps - usual[n] for s in values] for n, values in seconds.items()}
+    steps = {n: [s * count - usual[n] for s in values] for n, values in seconds.items()}
     return {
         "parameters": ready["keras"][0].count_params(),
+        "steps": count,
         "keras_ms": 1e3 * statistics.median(seconds["keras"]),
         **{name: statistics.median(values) for name, values in ratios.items() if name != "keras"},
         "spread": {name: [min(v), max(v)] for name, v in ratios.items() if name != "keras"},
@@ -172,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="how long Keras trains each time")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} cores; model.fit = 1")
@@ -180,7 +197,7 @@ def main() -> None:
     results = {}
     for name in arguments.workloads:
         with tempfile.TemporaryDirectory() as logdir:
-            result = results[name] = measure(WORKLOADS[name], arguments.rounds, logdir)
+            result = results[name] = measure(WORKLOADS[name], arguments.rounds, arguments.seconds, logdir)
         figures = " ".join(f"{result[c]:12.2f}" for c in columns)
         print(f"{name:12} {result['parameters']:10,} {result['keras_ms']:9.2f} {figures}", flush=True)
     if arguments.json:
