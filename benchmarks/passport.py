@@ -33,6 +33,7 @@ from trainrt.loop import fit as loop
 from trainrt.loop.batches import Batches
 from trainrt.passport.audit import Audit
 
+STEPS = 300
 WITHOUT = functools.partial(Audit, enabled=False)
 
 
@@ -87,7 +88,7 @@ def _drain(iterator, count):
 
 
 def measure(workload: Workload, form: str, rounds: int, epochs: int) -> dict[str, float]:
-    x, y = workload.data(np.random.default_rng(0), workload.batch * workload.steps)
+    x, y = workload.data(np.random.default_rng(0), workload.batch * STEPS)
     data, keywords = data_of(workload, form, x, y)
     keras.utils.set_random_seed(0)
     model = workload.build()
@@ -98,9 +99,9 @@ def measure(workload: Workload, form: str, rounds: int, epochs: int) -> dict[str
     for _ in range(rounds):
         took = {passport: fit(model, passport, data, keywords, epochs) for passport in random.sample([True, False], 2)}
         ratios.append(took[True] / took[False])
-        steps.append(took[False] / (epochs * workload.steps))
+        steps.append(took[False] / (epochs * STEPS))
         reading = {passport: read(model, passport, data, keywords) for passport in random.sample([True, False], 2)}
-        alone.append((reading[True] - reading[False]) / workload.steps)
+        alone.append((reading[True] - reading[False]) / STEPS)
     return {
         "ratio": statistics.median(ratios),
         "low": min(ratios),

@@ -3,10 +3,11 @@
     python benchmarks/step.py [--workloads tiny small ...] [--rounds 5] [--seconds 4] [--json FILE]
 
 Every fit is as long as takes Keras `--seconds` on this machine, so that what a fit costs once does not count as steps:
-a run of a second is half over before trainrt has looked into the model and described the data. Each round trains every mode once, in an order that is shuffled anew, on a model that has been traced before; the
-printed figure is the median over rounds of that round's ratio to bare `model.fit`. `on` observes every step, clips by
-the global norm and writes a log directory; `off` is `observe=False`. `first` is the ratio of the very first call,
-tracing and all. Wall times of other machines, and of this one an hour later, differ; ratios of one run may be compared.
+a run of a second is half over before trainrt has looked into the model and described the data. Each round trains every
+mode once, in an order that is shuffled anew, on a model that has been traced before; the printed figure is the median
+over rounds of that round's ratio to bare `model.fit`. `on` observes every step, clips by the global norm and writes a
+log directory; `off` is `observe=False`. `first` is the ratio of the very first call, tracing and all. Wall times of
+other machines, and of this one an hour later, differ; ratios of one run may be compared.
 
 Some of what `trainrt.fit` does it does once a fit, however long: a look into the model, the diagnosis, the passport.
 `once_ms` is what a fit of two batches takes more than Keras's, and the columns named `step` are ratios of the time that
