@@ -99,8 +99,74 @@ def test_an_embedding_with_sgd_varies_in_the_fast_mode_is_located_and_is_fixed(s
 def test_a_script_that_fails_is_told_with_its_last_words(script, tmp_path):
     with pytest.raises(ScriptFailed, match="my own fault"):
         prove(script("raise SystemExit('my own fault')"), runs=2, logdir=tmp_path)
-    with pytest.raises(ValueError, match="at least 2"):
-        prove(script("pass"), runs=1, logdir=tmp_path)
+
+
+FIT = """
+import sys, keras, numpy as np
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+x = np.ones((32, 4))
+"""
+
+
+@pytest.mark.parametrize("action", ["check", "prove", "bench"])
+@pytest.mark.parametrize(
+    ("text", "said", "unsaid"),
+    [
+        ("def f(:", ["SyntaxError", "def f(:"], "runpy"),
+        ("print('nothing here')", ["called neither model.fit nor trainrt.fit"], "Traceback"),
+        (FIT + "model.fit(x[:, :2], x)", ["ValueError", "model.fit(x[:, :2], x)"], "runpy"),
+    ],
+    ids=["syntax", "nothing", "fit"],
+)
+def test_a_script_that_cannot_be_looked_at_is_told_of_in_its_own_words(action, text, said, unsaid, script, tmp_path):
+    path = script(text)
+    rest = {
+        "check": [path],
+        "prove": ["--runs", "2", "--logdir", tmp_path, path],
+        "bench": ["--rounds", "1", "--modes", "fast", "--logdir", tmp_path, "--script", path],
+    }[action]
+    command = [sys.executable, "-m", "trainrt", "determinism", action, *map(str, rest)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    answer = done.stdout if action == "bench" else done.stderr
+    assert [words for words in (said[:1] if action == "bench" else said) if words not in answer] == [], answer
+    assert unsaid not in done.stderr
+    assert "trainrt.determinism" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"runs": 1}, {"fast": True, "xla": True}, {"every": -1}, {"steps": 0}, {"seed": -1}],
+    ids=lambda given: next(iter(given)),
+)
+def test_arguments_that_prove_nothing_are_refused(given, script, tmp_path):
+    with pytest.raises(ValueError, match=rf"Received: {next(iter(given))}="):
+        prove(script("raise SystemExit('was run')"), logdir=tmp_path, **given)
+
+
+def test_a_proof_leaves_the_checkpoints_of_a_script_alone(script, tmp_path):
+    place = tmp_path / "checkpoints"
+    text = FIT + f"import trainrt\ntrainrt.fit(model, x, x[:, :1], verbose=0, checkpoint={str(place)!r})"
+    proven = prove(script(text), runs=2, logdir=tmp_path / "prove")
+    assert proven.identical
+    assert proven.verdicts[0][0].lengths == (1, 1)
+    assert not place.exists()
+
+
+def test_runs_of_other_lengths_are_no_proof_and_told_with_both(script, tmp_path):
+    count = tmp_path / "count"
+    text = f"""{FIT}
+from pathlib import Path
+count = Path({str(count)!r})
+count.write_text(count.read_text() + "x" if count.exists() else "x")
+model.fit(x, x[:, :1], 8, epochs=len(count.read_text()), verbose=0)
+"""
+    certificate = prove(script(text), runs=2, logdir=tmp_path / "prove")
+    assert not certificate.identical
+    assert "One ran 4 steps, the other 8; in those that both ran all" in str(certificate)
+    run = trainrt.Run.open(certificate.runs[1][0])
+    assert run.environment["certificate"]["result"].startswith("One ran 4 steps, the other 8")
 
 
 def test_check_looks_at_a_script_up_to_its_first_fit(script):

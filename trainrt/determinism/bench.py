@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import re
 import resource
 import statistics
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import trainrt
-from trainrt.determinism.prove import CHILD, ScriptFailed, launch
+from trainrt.determinism.prove import CHILD, ScriptFailed, fresh, launch
 from trainrt.record.bits import compare_bits
 from trainrt.record.run import Run
 
@@ -87,10 +88,19 @@ def bench(
       steps: Steps of a repetition.
       logdir: Where the records go.
       tell: Is told what runs now.
+
+    Raises:
+      ValueError: Nothing to measure was asked for.
+      FileNotFoundError: There is no such script.
     """
+    for name, value in (("rounds", rounds), ("repeats", repeats), ("steps", steps)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}.")
+    if script is not None and not Path(script).is_file():
+        raise FileNotFoundError(f"{script} is no file. Give a training script, a Python file.")
     results: list[Outcome] = []
     modes = list(modes)
-    for workload in [Path(script).name] if script else workloads:
+    for workload in [Path(script).stem] if script else workloads:
         outcomes = {mode: Outcome(workload, mode) for mode in modes}
         records: dict[str, list[Path]] = {mode: [] for mode in modes}
         for number in range(rounds):
@@ -100,14 +110,13 @@ def bench(
                 if outcome.failed:
                     continue
                 tell(f"{workload}, {mode}, process {number + 1} of {rounds}")
-                place = Path(logdir) / workload / f"{mode}-{time.strftime('%Y%m%d-%H%M%S')}-{number}"
-                place.mkdir(parents=True)
+                place = fresh(Path(logdir) / workload, f"{mode}-")
                 options = ["--logdir", str(place), "--mode", mode, "--steps", str(steps), "--repeats", str(repeats)]
                 what = [str(script), *arguments] if script else ["--workload", workload]
                 try:
                     said = json.loads(launch([*CHILD, "time", *options, *what]).strip().splitlines()[-1])
                 except (ScriptFailed, ValueError, IndexError) as error:
-                    outcome.failed = _last_line(str(error))
+                    outcome.failed = _in_a_line(str(error))
                     continue
                 medians[mode] = _take(outcome, said)
                 records[mode] += Run.find(place)
@@ -145,9 +154,11 @@ def _reproducible(outcome: Outcome, runs: list[Run]) -> None:
     outcome.distinct = len(groups)
 
 
-def _last_line(text: str) -> str:
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "failed"
+def _in_a_line(words: str) -> str:
+    """The name and the first line of an error of Python's, where there is one; else the last line."""
+    lines = [line for line in words.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return (errors or lines or ["failed"])[-1][:300]
 
 
 # ------------------------------------------------------------------------------------------------------- the child
@@ -183,15 +194,13 @@ def child(options: argparse.Namespace) -> None:
         raise scripts.Enough
 
     scripts.run(options.script, options.arguments, taken)
-    if not said:
-        sys.exit(f"{options.script} did not call fit.")
     print(json.dumps(said[0]))
 
 
 _OVERRIDDEN = frozenset(
     (
         *("epochs", "verbose", "validation_data", "validation_split", "callbacks"),
-        *("logdir", "observe", "digests", "deterministic", "seed"),
+        *("logdir", "observe", "digests", "deterministic", "seed", "checkpoint", "trace", "experiment"),
     )
 )
 

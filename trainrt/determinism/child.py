@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import trainrt
 from trainrt.determinism import bench, modes, script
 from trainrt.determinism.digests import Digests
+from trainrt.determinism.prove import LAST_WORDS, ScriptFailed
 
 
 def main() -> None:
@@ -31,10 +33,10 @@ def main() -> None:
     timed.add_argument("script", nargs="?")
     timed.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    if options.command == "time":
-        bench.child(options)
-    else:
-        _record(options)
+    try:
+        (bench.child if options.command == "time" else _record)(options)
+    except ScriptFailed as error:
+        sys.exit(f"{LAST_WORDS}{error}")
 
 
 def _record(options: argparse.Namespace) -> None:
@@ -50,6 +52,7 @@ def _record(options: argparse.Namespace) -> None:
     def recorded(model: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = script.named(args, kwargs)
         arguments |= {"logdir": options.logdir, "deterministic": deterministic, "digests": Digests(options.every)}
+        arguments.pop("checkpoint", None)  # the second process would go on where the first ended
         return fit(model, **arguments)
 
     script.limit(options.steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -32,8 +33,9 @@ def add(commands: Any) -> None:
     prove.add_argument("--steps", type=int, help="at most so many steps of each fit; all by default")
     prove.add_argument("--every", type=int, default=1, help="digest the stages of every n-th step (%(default)s)")
     prove.add_argument("--seed", type=int, default=0, help="set before the script begins (%(default)s)")
-    prove.add_argument("--fast", action="store_true", help="in TensorFlow's fast mode, to see where it varies")
-    prove.add_argument("--xla", action="store_true", help="deterministic with XLA")
+    mode = prove.add_mutually_exclusive_group()
+    mode.add_argument("--fast", action="store_true", help="in TensorFlow's fast mode, to see where it varies")
+    mode.add_argument("--xla", action="store_true", help="deterministic with XLA")
     prove.add_argument("--logdir", type=Path, default=Path("trainrt-prove"), help="where to write (%(default)s)")
     prove.add_argument("--json", action="store_true", help="print JSON")
     prove.add_argument("script", help="a training script")
@@ -69,8 +71,8 @@ def _check(options: argparse.Namespace) -> int:
     from trainrt.determinism.saved import specs_of
 
     path = Path(options.script)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist. Give a training script, or a model that was saved compiled.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file. Give a training script, or a model that was saved compiled.")
     modes.enable(0)
     if path.suffix == ".py":
         issues = _check_script(options)
@@ -96,8 +98,8 @@ def _check_script(options: argparse.Namespace) -> list:
         found.extend(preflight.check(model, spec, spec if validated else None))
         raise script.Enough
 
-    if not script.run(options.script, options.arguments, checked):
-        raise RuntimeError(f"{options.script} did not call fit, so there is no step to look at.")
+    with contextlib.redirect_stdout(sys.stderr):  # what the script prints is not of the answer
+        script.run(options.script, options.arguments, checked)
     return found
 
 
@@ -114,13 +116,13 @@ def _prove(options: argparse.Namespace) -> int:
         steps=options.steps,
         seed=options.seed,
         logdir=options.logdir,
+        tell=_tell,
     )
     if options.json:
         print(json.dumps({**certificate.content(), "distinct": certificate.distinct}, indent=2))
     else:
         print(certificate)
-        if any(certificate.runs):
-            print(f"The records, signed, are in {certificate.runs[0][0].parent.parent}")
+        print(f"The records, signed, are in {certificate.runs[0][0].parent.parent}")
     return 0 if certificate.identical else FOUND
 
 
@@ -134,6 +136,7 @@ def _bench(options: argparse.Namespace) -> int:
         if unknown:
             raise ValueError(f"The {what} are {', '.join(known)}. Received: {', '.join(unknown)}.")
     script, *arguments = options.script or [None]
+    options.logdir.mkdir(parents=True, exist_ok=True)
     outcomes = bench.bench(
         options.workloads or list(ZOO),
         script,
@@ -143,7 +146,7 @@ def _bench(options: argparse.Namespace) -> int:
         repeats=options.repeats,
         steps=options.steps,
         logdir=options.logdir,
-        tell=lambda line: print(f"  {line}", file=sys.stderr, flush=True),
+        tell=_tell,
     )
     machine = bench.machine(outcomes)
     print("\n".join(f"{name}: {value}" for name, value in machine.items()))
@@ -151,8 +154,11 @@ def _bench(options: argparse.Namespace) -> int:
     for outcome in outcomes:
         if outcome.divergence:
             print(f"{outcome.workload}, {outcome.mode}, parts at {outcome.divergence}")
-    options.logdir.mkdir(parents=True, exist_ok=True)
     (options.logdir / "bench.json").write_text(bench.as_json(outcomes, machine))
     (options.logdir / "bench.svg").write_text(bench.plot(outcomes))
     print(f"Written: {options.logdir / 'bench.json'}, {options.logdir / 'bench.svg'}")
-    return 0
+    return BAD_INPUT if all(outcome.failed for outcome in outcomes) else 0
+
+
+def _tell(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)

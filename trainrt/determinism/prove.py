@@ -6,12 +6,14 @@ the same process cannot see an input pipeline that races, or an algorithm that i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,12 @@ from trainrt.record.vocabulary import Document
 
 CHILD = (sys.executable, "-m", "trainrt.determinism.child")
 
+LAST_WORDS = "\f"
+"""Stands in a process's errors before what it says of its end."""
+
 
 class ScriptFailed(RuntimeError):
-    """A script did not come to its end; the message holds its last words."""
+    """A script did not come to its end, or there is nothing in it to look at; the message holds its last words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Certificate:
     @property
     def identical(self) -> bool:
         """Whether every process gave the same bits, proven by digests."""
-        same = len({len(paths) for paths in self.runs}) == 1
+        same = len({len(paths) for paths in self.runs}) == 1 and any(self.runs)
         return same and all(verdict.identical is True for row in self.verdicts for verdict in row)
 
     @property
@@ -63,8 +68,6 @@ class Certificate:
 
     def __str__(self) -> str:
         processes = f"{len(self.runs)} processes, {self.mode}"
-        if not any(self.runs):
-            return f"NOT PROVEN  {self.script} did not call fit."
         if self.identical:
             digests = sum(verdict.digests for verdict in self.verdicts[0])
             steps = sum(verdict.steps for verdict in self.verdicts[0])
@@ -73,8 +76,13 @@ class Certificate:
         if len(counts) > 1:
             return f"NOT PROVEN  the processes called fit {' and '.join(map(str, counts))} times."
         if self.worst is None:
-            return f"NOT PROVEN  {self.verdicts[0][0]}"
+            doubt = next(verdict for row in self.verdicts for verdict in row if not verdict.identical)
+            return f"NOT PROVEN  {doubt}"
         return f"DIFFERS  {self.distinct} distinct results in {processes}.\n{self.worst}"
+
+    def _against(self) -> str:
+        """What stands against it, in one line."""
+        return str(self.worst or self).partition("\n")[0]
 
     def content(self) -> dict[str, Any]:
         """For the record of a run."""
@@ -82,7 +90,7 @@ class Certificate:
         difference = dataclasses.asdict(worst.difference) if worst and worst.difference else None
         return {
             "identical": self.identical,
-            "result": f"bit-identical in {len(self.runs)} processes" if self.identical else str(self).split("\n")[-1],
+            "result": f"bit-identical in {len(self.runs)} processes" if self.identical else self._against(),
             "script": self.script,
             "mode": self.mode,
             "processes": len(self.runs),
@@ -105,6 +113,7 @@ def prove(
     seed: int = 0,
     logdir: str | Path = "trainrt-prove",
     environment: Mapping[str, str] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Certificate:
     """Runs `python script arguments` in fresh processes, compares their bits, and signs the records.
 
@@ -117,26 +126,35 @@ def prove(
       seed: Of all random generators, set before the script begins; what it seeds itself counts.
       logdir: Where the records go, a directory for each proof.
       environment: Variables for the processes.
+      tell: Is told what runs now.
 
     Raises:
-      ValueError: Fewer than two runs.
+      ValueError: A bad argument, such as fewer than two runs.
       FileNotFoundError: There is no such script.
-      ScriptFailed: A process failed.
+      ScriptFailed: A process failed, or trained nothing.
     """
     if runs < 2:
         raise ValueError(f"A proof compares processes: `runs` must be at least 2. Received: runs={runs}.")
+    if fast and xla:
+        raise ValueError("`xla` is of the deterministic mode. Received: fast=True, xla=True. Leave one of them out.")
+    for name, value, least in (("every", every, 0), ("steps", steps, 1), ("seed", seed, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` must be at least {least}. Received: {name}={value}.")
     if not Path(script).is_file():
-        raise FileNotFoundError(f"{script} does not exist. Give a training script, a Python file.")
-    place = Path(logdir) / time.strftime("%Y%m%d-%H%M%S")
+        raise FileNotFoundError(f"{script} is no file. Give a training script, a Python file.")
+    place = fresh(Path(logdir))
     options = ["--every", str(every), "--seed", str(seed), *(["--fast"] if fast else []), *(["--xla"] if xla else [])]
     options += ["--steps", str(steps)] if steps else []
     paths = []
     for number in range(runs):
+        tell(f"process {number + 1} of {runs}")
         directory = place / f"process-{number}"
-        directory.mkdir(parents=True)
+        directory.mkdir()
         command = [*CHILD, "record", "--logdir", str(directory), *options, str(script), *arguments]
         launch(command, environment)
         paths.append(tuple(Run.find(directory)))
+        if not paths[-1]:
+            raise ScriptFailed(f"{script} called fit, but no call of it came to its first step.")
     opened = [[Run.open(path) for path in each] for each in paths]
     verdicts = tuple(tuple(compare_bits(a, b) for a, b in zip(opened[0], each, strict=False)) for each in opened[1:])
     mode = "fast" if fast else "deterministic, xla" if xla else "deterministic"
@@ -144,6 +162,17 @@ def prove(
     for path in (path for each in paths for path in each):
         sign(path, certificate.content())
     return certificate
+
+
+def fresh(directory: Path, name: str = "") -> Path:
+    """Makes a directory below, named by the time, and by a number where one of that second is there already."""
+    stamp = f"{name}{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        place = directory / (stamp if number == 1 else f"{stamp}-{number}")
+        with contextlib.suppress(FileExistsError):
+            place.mkdir(parents=True)
+            return place
+    raise AssertionError
 
 
 def launch(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
@@ -156,9 +185,10 @@ def launch(command: Sequence[str], environment: Mapping[str, str] | None = None)
     variables = {**os.environ, "PYTHONHASHSEED": os.environ.get("PYTHONHASHSEED", "0"), **(environment or {})}
     variables.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", env=variables)
+    if result.returncode < 0:
+        raise ScriptFailed(f"{' '.join(command)} was killed by signal {-result.returncode}; 9 may be want of memory.")
     if result.returncode:
-        last = "\n".join(result.stderr.strip().splitlines()[-25:])
-        raise ScriptFailed(f"{' '.join(command)} ended with status {result.returncode}:\n{last}")
+        raise ScriptFailed("\n".join(result.stderr.rpartition(LAST_WORDS)[2].strip().splitlines()[-40:]))
     return result.stdout
 
 

@@ -25,9 +25,16 @@ def specs_of(path: Path) -> tuple[keras.Model, Any]:
     """A saved model and the spec of a batch for it.
 
     Raises:
-      ValueError: It was not saved compiled.
+      ValueError: It cannot be loaded, or was not saved compiled.
     """
-    model = keras.saving.load_model(path)
+    try:
+        model = keras.saving.load_model(path)
+    except Exception as error:  # whatever Keras, h5py, zipfile or the model's own code raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"Keras cannot load {path}: {reason} Give a training script, which ends in .py, or a model that was saved "
+            "compiled; one with code of its own is checked by its training script."
+        ) from error
     if not getattr(model, "compiled", False) or not getattr(model, "inputs", None):
         raise ValueError(
             f"A model is checked by its training step. Received: {path}, saved without one. "
