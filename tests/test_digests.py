@@ -189,6 +189,61 @@ def test_one_bit_in_one_step_is_located(what, stage, name, digits):
     assert name in str(found)
 
 
+class Wrong(keras.losses.Loss):
+    """Another bit in one step."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.optimizer = optimizer
+
+    def call(self, y, predicted):
+        each = keras.losses.sparse_categorical_crossentropy(y, predicted, from_logits=True)
+        wrong = tf.equal(self.optimizer.iterations.value, 4)
+        return each * tf.where(wrong, tf.constant(1 + 2**-20), tf.constant(1.0))
+
+
+class Spoilt(keras.optimizers.SGD):
+    """Changes its momentum, and with it the weight, in one step."""
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient, variable, learning_rate)
+        slot = self.momentums[self._get_variable_index(variable)]
+        slot.assign(slot * tf.where(tf.equal(self.iterations.value, 4), tf.constant(1 + 2**-20), tf.constant(1.0)))
+
+
+class Draws(keras.callbacks.Callback):
+    """Takes a number out of a layer's generator between two steps."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if int(self.model.optimizer.iterations) == 4:
+            self.model.layers[-2].seed_generator.next()
+
+
+@pytest.mark.parametrize(
+    ("stage", "changed"),
+    [("loss", {"loss": Wrong}), ("slot", {"optimizer": Spoilt}), ("random state", {"callback": Draws}), (None, {})],
+    ids=["loss", "slot", "random state", "nothing"],
+)
+def test_one_bit_outside_of_the_layers_is_located(stage, changed, digits):
+    def trained(optimizer=keras.optimizers.SGD, loss=None, callback=keras.callbacks.Callback):
+        """Of the names in a process each model has its own: sequential, sequential_1."""
+        keras.utils.set_random_seed(7)
+        model = keras.Sequential([keras.Input((8, 8, 1)), *layers_of_all_kinds()])
+        made = optimizer(0.1, momentum=0.9)
+        usual = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(made, loss(made) if loss else usual)
+        given = {"batch_size": 16, "epochs": 2, "verbose": 0, "digests": 1, "callbacks": [callback()]}
+        return trainrt.fit(model, *digits, **given).run
+
+    verdict = compare_bits(trained(), trained(**changed))
+    if stage is None:
+        assert verdict.identical is True
+        assert verdict.digests > 8 * 29
+    else:
+        assert (verdict.difference.step, verdict.difference.stage) == (4, stage)
+        assert verdict.difference.exact
+
+
 def test_equal_runs_are_identical_and_other_data_differ_in_the_batch(digits, tmp_path):
     x, y = digits
     left = train(digits, digests=1, logdir=tmp_path / "a")[2]

@@ -70,6 +70,7 @@ class Verdict:
       difference: Where they part; None: nowhere that was looked at.
       digests: How many digests were compared.
       steps: How many steps had any.
+      lengths: How many steps each of the two ran, as far as it recorded them.
       weights: Whether the weights after the last step agree; None: not recorded.
       conditions: What the bits depend on and differs between the passports: name -> (left, right).
     """
@@ -77,19 +78,24 @@ class Verdict:
     difference: Difference | None
     digests: int
     steps: int
+    lengths: tuple[int, int]
     weights: bool | None
     conditions: dict[str, tuple[Any, Any]]
 
     @property
     def identical(self) -> bool | None:
-        """True: all digests and the last weights are equal; None: nothing recorded differs, which is no proof."""
+        """True: all digests and the last weights are, of as many steps; None: nothing differs, which is no proof."""
         if self.difference is not None or self.weights is False:
             return False
-        return True if self.weights and self.digests else None
+        return True if self.weights and self.digests and self.lengths[0] == self.lengths[1] else None
 
     def __str__(self) -> str:
         if self.difference is not None:
             first = f"The bits differ from {self.difference}."
+        elif self.lengths[0] != self.lengths[1]:
+            left, right = (f"{steps:,}" for steps in self.lengths)
+            common = f"all {self.digests:,} digests agree" if self.digests else "nothing recorded differs"
+            first = f"One ran {left} steps, the other {right}; in those that both ran {common}."
         elif self.weights is False:
             first = "The bits differ: the weights at the end do, and nothing recorded tells since when."
         elif self.identical:
@@ -112,16 +118,18 @@ def first_difference(left: Run, right: Run) -> Difference | None:
 def compare_bits(left: Run, right: Run) -> Verdict:
     """Compares the bits of two runs, by their digests and, where these are missing, by their moments."""
     started = _start(left, right)
-    exact, digests, steps = _by_digests(left, right)
+    known = digests_of(left), digests_of(right)
+    exact, digests, steps = _by_digests(*known)
     rough = _by_moments(left, right)
     difference = started or exact
     if difference is None or (rough is not None and rough.step < difference.step and started is None):
         difference = rough
     ends = [(run.end or {}).get("weights_digest") for run in (left, right)]
     weights: bool | None = None if None in ends else ends[0] == ends[1]
-    if weights is None and exact is None and _digested_to_the_end(left, right):
+    if weights is None and exact is None and _digested_to_the_end(*known):
         weights = True
-    return Verdict(difference, digests, steps, weights, conditions(left.environment, right.environment))
+    lengths = _length(left, known[0]), _length(right, known[1])
+    return Verdict(difference, digests, steps, lengths, weights, conditions(left.environment, right.environment))
 
 
 def _start(left: Run, right: Run) -> Difference | None:
@@ -131,10 +139,14 @@ def _start(left: Run, right: Run) -> Difference | None:
     return Difference(0, "weights at the start", ("the initial weights",), 1, None, "digests")
 
 
-def digests_of(run: Run) -> dict[tuple[int, int], dict[tuple[str, str], str]]:
+Known = dict[tuple[int, int], dict[tuple[str, str], str]]
+"""The digests of a run, as `digests_of` returns them."""
+
+
+def digests_of(run: Run) -> Known:
     """(step, 0 inside it or 1 after it) -> (stage, name) -> 16 hexadecimal digits, in the order of the step."""
     names: dict[str, list[tuple[str, str]]] = {}
-    found: dict[tuple[int, int], dict[tuple[str, str], str]] = {}
+    found: Known = {}
     for document in run.documents:
         if document.kind != "digests":
             continue
@@ -148,21 +160,27 @@ def digests_of(run: Run) -> dict[tuple[int, int], dict[tuple[str, str], str]]:
     return found
 
 
-def _digested_to_the_end(left: Run, right: Run) -> bool:
+def _length(run: Run, digests: Known) -> int:
+    """How many steps it ran, as far as it says."""
+    digested = max((step for step, _ in digests), default=-1)
+    return 1 + max(digested, int(run.steps[-1, 1]) if len(run) else -1)
+
+
+def _digested_to_the_end(left: Known, right: Known) -> bool:
     """Whether the last digests of both runs are of all variables after the same last step."""
-    lasts = [max(digests_of(run), default=None) for run in (left, right)]
+    lasts = [max(digests, default=None) for digests in (left, right)]
     return lasts[0] is not None and lasts[0][1] == 1 and lasts[0] == lasts[1]
 
 
-def _by_digests(left: Run, right: Run) -> tuple[Difference | None, int, int]:
+def _by_digests(a: Known, b: Known) -> tuple[Difference | None, int, int]:
     """(where they part, digests compared, steps compared)."""
-    a, b = digests_of(left), digests_of(right)
     places = sorted(a.keys() & b.keys())
     count, after = 0, None
     for place in places:
-        names = [name for name in a[place] if name in b[place]]
+        mine, other = a[place], _renamed(b[place], a[place])
+        names = [name for name in mine if name in other]
         count += len(names)
-        differing = [name for name in names if a[place][name] != b[place][name]]
+        differing = [name for name in names if mine[name] != other[name]]
         if differing:
             stage = min((stage for stage, _ in differing), key=STAGES.index)
             hit = [name for s, name in differing if s == stage]
@@ -173,6 +191,13 @@ def _by_digests(left: Run, right: Run) -> tuple[Difference | None, int, int]:
         if place[1] or (place[0], 1) not in a:
             after = place[0]
     return None, count, len({step for step, _ in places})
+
+
+def _renamed(digests: dict[tuple[str, str], str], like: dict[tuple[str, str], str]) -> dict[tuple[str, str], str]:
+    """By the other run's names where names are all that differs: a second model in a process is `sequential_1`."""
+    if digests.keys() == like.keys() or [stage for stage, _ in digests] != [stage for stage, _ in like]:
+        return digests
+    return dict(zip(like, digests.values(), strict=True))
 
 
 def _by_moments(left: Run, right: Run) -> Difference | None:
