@@ -116,6 +116,65 @@ def test_where_nothing_is_kept_nothing_is_caught():
         assert signals.came is None
 
 
+LONG_STEP = """
+import sys, threading, time, keras, numpy as np, tensorflow as tf, trainrt
+
+def wait():
+    if threading.current_thread() is not threading.main_thread():  # which waits for TensorFlow
+        print("in a step", flush=True)
+        time.sleep(100)
+    return np.float32(0)
+
+class Waits(keras.layers.Layer):
+    def call(self, x):
+        return x + tf.ensure_shape(tf.numpy_function(wait, [], tf.float32), [])
+
+model = keras.Sequential([keras.layers.Input([2]), Waits(), keras.layers.Dense(1)])
+model.compile("sgd", "mse")
+trainrt.fit(model, np.ones((8, 2)), np.ones((8, 1)), verbose=0, logdir=sys.argv[1])
+"""
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once_in_the_middle_of_a_step_too(tmp_path):
+    command = [sys.executable, "-c", LONG_STEP, str(tmp_path)]
+    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, env=surroundings, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "in a step\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) in (-signal.SIGINT, 128 + signal.SIGINT)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+FORKS = """
+import os, signal
+from trainrt.endurance.signals import Impatience
+
+signal.signal(signal.SIGINT, lambda *_: None)
+watching = Impatience()
+watching.watch()
+os.kill(os.getpid(), signal.SIGINT)
+if not (child := os.fork()):
+    os.kill(os.getpid(), signal.SIGINT)
+    os._exit(0)
+os.waitpid(child, 0)
+watching.end()
+print("ended")
+"""
+
+
+def test_what_reaches_a_forked_child_is_no_second_one():
+    surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", FORKS], env=surroundings, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "ended\n", done.stderr
+
+
 def started(tmp_path, *more):
     command = [sys.executable, str(CHILD), "arrays", str(tmp_path / "c"), str(tmp_path / "l"), str(tmp_path / "r")]
     surroundings = {**os.environ, "PYTHONPATH": str(Path(trainrt.__file__).parent.parent)}

@@ -1,7 +1,7 @@
 """Ends well: what asks a process to end lets it finish the step, save and close its record first.
 
 SIGTERM is how a cluster, a container or a shutdown asks; SIGINT is Ctrl-C. The first of either is answered between two
-steps. A second SIGINT ends the process at once, by the signal itself, even inside a call of TensorFlow.
+steps. A second SIGINT ends the process at once, even inside a call of TensorFlow, where no handler of Python's runs.
 
 What a scheduler sends before it takes a machine away is a SIGTERM: Kubernetes, Slurm (`sbatch --signal=TERM@60`), cloud
 machines that shut down. Several workers agree on one, whoever of them it came to (`lockstep.py`): none can end alone,
@@ -11,6 +11,7 @@ as the others would wait for it.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -50,6 +51,7 @@ class Signals(contextlib.AbstractContextManager):
         self.agreed: int | None = None
         self._enabled = enabled and threading.current_thread() is threading.main_thread()
         self._before: dict[signal.Signals, object] = {}
+        self._impatience = Impatience()
         self.came: signal.Signals | None = None
         self.waits = False
 
@@ -58,9 +60,12 @@ class Signals(contextlib.AbstractContextManager):
             for number, defaults in DEFAULTS.items():
                 if signal.getsignal(number) in defaults:
                     self._before[number] = signal.signal(number, self._handle)
+            if signal.SIGINT in self._before:
+                self._impatience.watch()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        self._impatience.end()
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}
@@ -105,3 +110,65 @@ class Signals(contextlib.AbstractContextManager):
         if asked == signal.SIGINT:
             raise KeyboardInterrupt("SIGINT")
         raise Terminated
+
+
+class Impatience:
+    """Ends the process at a second SIGINT while its main thread is in a call of TensorFlow's that takes long.
+
+    Python runs handlers in the main thread, between two of its instructions. What the system delivers is written to a
+    descriptor at once, though, and a thread reads it there. Where an event loop has that descriptor nothing is watched.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._written = -1
+
+    def watch(self) -> None:
+        """Begins; in the main thread."""
+        if not hasattr(os, "register_at_fork"):  # Windows
+            return
+        reads, self._written = os.pipe()
+        os.set_blocking(self._written, False)
+        others = signal.set_wakeup_fd(self._written, warn_on_full_buffer=False)
+        if others != -1:
+            signal.set_wakeup_fd(others)
+            os.close(self._written)
+            os.close(reads)
+            return
+        _watching.append(self._written)
+        self._thread = threading.Thread(target=_leave_at_the_second, args=[reads], name="trainrt-signals", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Ends, if it began."""
+        if self._thread is None:
+            return
+        others = signal.set_wakeup_fd(-1)
+        if others != self._written:
+            signal.set_wakeup_fd(others)
+        _watching.remove(self._written)
+        os.close(self._written)  # which the thread reads as the end
+        self._thread.join()
+        self._thread = None
+
+
+_watching: list[int] = []
+
+
+def _leave_at_the_second(reads: int) -> None:
+    with open(reads, "rb", buffering=0) as file:
+        count = 0
+        while written := file.read(64):
+            count += written.count(signal.SIGINT)
+            if count > 1:
+                os._exit(128 + signal.SIGINT)
+
+
+def _forked() -> None:
+    """A child that was forked gets the same Ctrl-C, and would write it to the same pipe."""
+    if _watching:
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
