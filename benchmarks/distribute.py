@@ -4,7 +4,8 @@
     trainrt launch -n 2 benchmarks/distribute.py           MultiWorkerMirroredStrategy, 2 processes on loopback
 
 Contenders take turns in one process, round by round, each on a model of its own; ratios are medians over rounds, of
-wall time and of this process's CPU time, which says more on a machine that others use. Under
+wall time and of this process's CPU time, which says more on a machine that others use. A step is one of the second and
+third epoch of a call; what a call of `fit` costs beside its epochs stands in a column of its own. Under
 MultiWorkerMirroredStrategy there is no model.fit to compare with: it raises (Keras 3.15), so the guide's loop is 1.
 """
 
@@ -22,7 +23,11 @@ import tensorflow as tf
 
 import trainrt
 
-WIDTHS = {"MLP, 26,122 weights": (128, 64), "MLP, 1,333,770 weights": (1024, 1024)}
+WIDTHS = {"26k": (128, 64), "1.3M": (1024, 1024)}
+"""Of the hidden layers of an MLP with about so many weights."""
+
+EPOCHS = 2
+"""That are timed in each call."""
 
 
 def strategy(devices: int) -> tf.distribute.Strategy:
@@ -57,12 +62,20 @@ def guide_loop(scope, model, x, y, batch):
         model.optimizer.apply(tape.gradient(loss, model.trainable_weights), model.trainable_weights)
         return loss
 
-    def epoch():
-        for data in dataset:
-            loss = step(data)
-        float(loss)
+    def timed():
+        begun = now()
+        for _ in range(EPOCHS):
+            for data in dataset:
+                loss = step(data)
+            float(loss)
+        return (now() - begun) / EPOCHS, np.zeros(2)
 
-    return epoch
+    return timed
+
+
+def now():
+    """[2] seconds: of the wall, and of this process's CPU time."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def contenders(scope, widths, x, y, batch):
@@ -70,7 +83,16 @@ def contenders(scope, widths, x, y, batch):
 
     def fitted(fit, **arguments):
         model = model_of(scope, widths)
-        return lambda: fit(model, x, y, batch_size=batch, shuffle=False, verbose=0, **arguments)
+
+        def timed():
+            marks = [now()]
+            clock = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: marks.append(now()))
+            given = {"batch_size": batch, "epochs": EPOCHS + 1, "callbacks": [clock], "shuffle": False, "verbose": 0}
+            fit(model, x, y, **given, **arguments)
+            epoch = (marks[-1] - marks[1]) / EPOCHS
+            return epoch, now() - marks[0] - (EPOCHS + 1) * epoch
+
+        return timed
 
     built = model_of(scope, widths)
     with scope.scope():
@@ -88,30 +110,31 @@ def main():
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workloads", type=int, default=len(WIDTHS), help="only the first of them")
+    parser.add_argument("--workloads", nargs="+", choices=WIDTHS, default=list(WIDTHS))
     options = parser.parse_args()
     scope = strategy(options.devices)
     batch = 64
     x = np.random.default_rng(0).normal(size=(options.steps * batch, 256)).astype(np.float32)
     y = x[:, :10].argmax(axis=1)
     print(f"{type(scope).__name__}, {scope.num_replicas_in_sync} replicas, batch {batch}, Adam, {options.steps} steps")
-    for name, widths in list(WIDTHS.items())[: options.workloads]:
-        runs = contenders(scope, widths, x, y, batch)
+    for name in options.workloads:
+        runs = contenders(scope, WIDTHS[name], x, y, batch)
         for run in runs.values():
             run()
         times: dict[str, list[np.ndarray]] = {label: [] for label in runs}
+        once: dict[str, list[float]] = {label: [] for label in runs}
         for _ in range(options.rounds):
             for label, run in runs.items():
-                begun = np.array([time.perf_counter(), time.process_time()])
-                run()
-                took = np.array([time.perf_counter(), time.process_time()]) - begun
-                times[label].append(1e3 * took / options.steps)
+                epoch, beside = run()
+                times[label].append(1e3 * epoch / options.steps)
+                once[label].append(1e3 * beside[0])
         first = np.array(next(iter(times.values())))
-        print(f"{name:22} wall ms a step, ratio    CPU ms a step, ratio")
+        print(f"{f'MLP, {name} weights':22} wall ms a step, ratio    CPU ms a step, ratio    ms a call")
         for label, values in times.items():
             wall, cpu = np.median(values, axis=0)
             ratio = np.median(np.array(values) / first, axis=0)
-            print(f"  {label:20} {wall:14.2f} {ratio[0]:7.2f} {cpu:15.2f} {ratio[1]:7.2f}", flush=True)
+            words = f"  {label:20} {wall:14.2f} {ratio[0]:7.2f} {cpu:15.2f} {ratio[1]:7.2f}"
+            print(f"{words} {np.median(once[label]):12.0f}", flush=True)
 
 
 if __name__ == "__main__":
