@@ -227,6 +227,27 @@ def test_a_callback_that_keeps_its_state_to_itself_is_named(tmp_path):
         plain_fit(tmp_path, callbacks=[Counts()])
 
 
+def test_what_callbacks_of_keras_remember_goes_on(tmp_path):
+    """What the next run's callbacks hold after another epoch is what those of one that never stopped hold."""
+
+    def trained(directory, *epochs):
+        for last in epochs:
+            kept = [
+                keras.callbacks.EarlyStopping("loss", patience=9, min_delta=10.0, restore_best_weights=True),
+                keras.callbacks.ReduceLROnPlateau("loss", patience=2, min_delta=10.0, cooldown=3),
+                keras.callbacks.ModelCheckpoint(tmp_path / "best.weights.h5", "loss", 0, True, True),
+                keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
+            ]
+            bits = plain_fit(tmp_path / directory, last, callbacks=kept)
+        stopping, plateau, best, _ = kept
+        told = stopping.wait, stopping.best, stopping.best_epoch, plateau.wait, plateau.cooldown_counter, plateau.best
+        return bits, told, best.best, [w.tobytes() for w in stopping.best_weights]
+
+    resumed, whole = trained("resumed", 3, 4), trained("whole", 4)
+    assert resumed == whole
+    assert resumed[1][0] == 3, "it has waited since the first epoch"
+
+
 def test_old_random_ops_in_the_step_are_told_of(tmp_path):
     class Noise(keras.layers.Layer):
         def call(self, x):

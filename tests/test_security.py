@@ -2,6 +2,7 @@
 
 import ast
 import json
+import sys
 from pathlib import Path
 
 import keras
@@ -57,6 +58,20 @@ def fit(epochs=1, **keywords):
     model.compile("sgd", "mse")
     x = np.ones((8, 2), "float32")
     return trainrt.fit(model, x, x[:, :1], epochs=epochs, verbose=0, **keywords)
+
+
+def test_what_is_written_of_a_run_holds_no_secret(tmp_path, monkeypatch):
+    secrets = ["--api-key", "hunter2", "--token=hunter2", "WANDB_API_KEY=hunter2", "s3://me:hunter2@bucket/data"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *secrets])
+    for name in ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "HF_TOKEN", "DATABASE_URL"):
+        monkeypatch.setenv(name, "hunter2")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=gs://me:hunter2@bucket")
+    fit(logdir=tmp_path / "logs", checkpoint=tmp_path / "checkpoints")
+    run = trainrt.Run.open(tmp_path / "logs")
+    assert "train.py" in run.environment["command"]
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 1
+    assert not [path for path in written if b"hunter2" in path.read_bytes()]
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc", "..", "a/../../outside", ""])
