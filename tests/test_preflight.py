@@ -9,6 +9,7 @@ from tensorflow.python.framework import config
 import trainrt
 from trainrt.determinism import preflight
 from trainrt.determinism.hazards import CLEAN, FAMILIES, HAZARDS, HOST, RAISES, VARIES
+from trainrt.determinism.saved import specs_of
 
 REGISTRY = {name for name in dir(tf.raw_ops) if name[0].isupper()}
 
@@ -146,3 +147,21 @@ def test_fit_refuses_on_a_gpu_before_the_first_step_and_records_the_issues_elsew
 def test_fit_warns_of_what_stays_non_deterministic():
     with Runs() as runs, pytest.warns(UserWarning, match="will not be reproducible"):
         runs.fit([keras.layers.Dense(3), Counting(True), keras.layers.Dense(1)], (4,))
+
+
+@pytest.mark.filterwarnings("ignore:.*Skipping variable loading")
+def test_a_model_that_was_saved_compiled_is_checked_and_anything_else_refused_with_the_remedy(tmp_path):
+    path = tmp_path / "model.keras"
+    model = keras.Sequential(
+        [keras.Input((8, 8, 1)), keras.layers.Conv2D(2, 1), keras.layers.Resizing(9, 9, "nearest")]
+    )
+    model.save(path)
+    with pytest.raises(ValueError, match="Compile it before it is saved, or check the training script"):
+        specs_of(path)
+    model.compile("adam", "mse")
+    model.save(path)
+    loaded, spec = specs_of(path)
+    assert {issue.op for issue in preflight.check(loaded, spec)} == {"ResizeNearestNeighborGrad"}
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"Keras cannot load .*model\.keras: .* Give a training script"):
+        specs_of(path)
