@@ -369,7 +369,8 @@ def test_comparing_does_not_load_tensorflow(good, bad):
     assert out.stdout.strip() == "False"
 
 
-def test_the_text_of_a_comparison_steers_no_terminal():
+def test_the_text_of_a_comparison_steers_no_terminal(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as notebooks have it
     bad = run()
     bad.environment |= {"fit": {"clip": "\x1b[31mred"}}
     assert "\x1b" not in text(compare(run(), bad))

@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import re
+import types
 
 import numpy as np
 import pytest
@@ -601,6 +602,19 @@ def test_rendering_shows_everything_of_a_finding():
         "or that",
     ):
         assert part in file.getvalue()
+
+
+def test_a_notebook_is_printed_to_as_a_stream_in_colour(monkeypatch):
+    """Where rich shows elements, which a notebook puts a line's space between."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
+    shown = finding("rule", where=("a/kernel",), advice=("Lower it.",))
+    render([shown], stream, width=80)
+    assert "\x1b[1;31mERROR" in stream.getvalue()
+    assert len(stream.getvalue().splitlines()) == 5
+    printed = []
+    shown._repr_pretty_(types.SimpleNamespace(text=printed.append), False)
+    assert printed == [str(shown)]
 
 
 def test_rendering_says_when_there_is_nothing():

@@ -9,7 +9,7 @@ from typing import TextIO
 from trainrt.comparison.difference import Difference
 from trainrt.comparison.ranking import Comparison
 from trainrt.findings.finding import shorten
-from trainrt.findings.render import printable
+from trainrt.findings.render import console_for, printable
 
 SHOWN = 4
 """Explanations that are told in full."""
@@ -106,18 +106,17 @@ def _came_to(comparison: Comparison) -> Iterator[str]:
 
 def _speaker(file: TextIO | None, width: int | None) -> Callable[..., None]:
     """say(label, words, style): prints words in lines that fit beside a label; say() prints an empty line."""
-    from rich.console import Console
     from rich.text import Text
 
     file = sys.stdout if file is None else file
-    console = Console(file=file, width=width, highlight=False, markup=False, emoji=False)
+    console = console_for(file, width)
 
     def say(label: str = "", words: str = "", style: str = "") -> None:
         words = printable(words, getattr(file, "encoding", None))
         room = max(console.width - len(label), 20)
         for line in Text(words, style).wrap(console, room, overflow="fold"):
             line.rstrip()
-            console.print(Text(label, "dim") + line, soft_wrap=True)
+            console.print(Text.assemble((label, "dim"), line), soft_wrap=True)
             label = " " * len(label)
 
     return say

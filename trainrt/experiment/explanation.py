@@ -133,6 +133,9 @@ class Explanation:
 
         return plain({**dataclasses.asdict(self), "verdict": self.verdict, "cause": self.cause})
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # in a notebook
+
     def __str__(self) -> str:
         lines = [self.verdict, ""]
         width = max([len(e.change) for e in self.effects] + [len("as it is")], default=0)

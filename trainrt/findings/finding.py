@@ -73,6 +73,9 @@ class Finding:
                 f"Received: {self.causes!r}" + (f", of which {unknown} are unknown." if unknown else ".")
             )
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # in a notebook
+
     def __str__(self) -> str:
         """One line: severity, rule, causes, where, since when, message."""
         place = f" at {shorten(self.where)}" if self.where else ""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from trainrt.findings.finding import Finding, shorten
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 COLOURS = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
 NOTHING = "No findings: trainrt saw nothing wrong."
@@ -20,12 +24,10 @@ def render(findings: Sequence[Finding], file: TextIO | None = None, width: int |
       file: Where to; None is standard output. Colour is used where it is a terminal.
       width: Columns; None is the terminal's, 80 where there is none.
     """
-    # Rich takes 60 ms to import, and fit() prints only at its end.
-    from rich.console import Console
     from rich.text import Text
 
     file = sys.stdout if file is None else file
-    console = Console(file=file, width=width, highlight=False, markup=False, emoji=False)
+    console = console_for(file, width)
 
     def text(words: str, style: str = "") -> Text:
         return Text(printable(words, getattr(file, "encoding", None)), style)
@@ -34,7 +36,7 @@ def render(findings: Sequence[Finding], file: TextIO | None = None, width: int |
         room = max(console.width - len(label), 1)
         for line in text(words).wrap(console, room, overflow="fold"):
             line.rstrip()
-            console.print(Text(label, "dim") + line, soft_wrap=True)
+            console.print(Text.assemble((label, "dim"), line), soft_wrap=True)
             label = " " * len(label)
 
     if not findings:
@@ -42,10 +44,11 @@ def render(findings: Sequence[Finding], file: TextIO | None = None, width: int |
         return
     for finding in findings:
         first, last = finding.steps
-        title = text(finding.severity.upper(), COLOURS[finding.severity]) + Text("  ") + text(finding.rule, "bold")
-        if finding.causes:
-            title += Text(": ") + text(finding.causes[0])
-        title += Text(f"  (steps {first} to {last})" if last > first else f"  (step {first})", "dim")
+        title = Text.assemble(
+            text(finding.severity.upper(), COLOURS[finding.severity]), "  ", text(finding.rule, "bold"),
+            *((": ", text(finding.causes[0])) if finding.causes else ()),
+            (f"  (steps {first} to {last})" if last > first else f"  (step {first})", "dim"),
+        )  # fmt: skip
         for line in title.wrap(console, console.width, overflow="fold"):
             line.rstrip()
             console.print(line, soft_wrap=True)
@@ -57,6 +60,19 @@ def render(findings: Sequence[Finding], file: TextIO | None = None, width: int |
         for consequence in finding.evidence.get("consequences", ()):
             say("  hence  ", f"{consequence['rule']}: {first_sentence(consequence['message'])}")
         console.print()
+
+
+def console_for(file: TextIO, width: int | None = None) -> Console:
+    """Where text is printed to. A notebook's output is a stream that shows colours: rich would make each line of it an
+    element of its own, with a line's space between them, and notebooks ask it for colours in a string, too."""
+    from rich.console import Console  # takes 60 ms to import, and fit() prints only at its end
+
+    notebook = type(file).__module__.startswith("ipykernel.")
+    terminal = True if notebook else False if isinstance(file, io.StringIO) else None  # None: rich finds out
+    return Console(
+        file=file, width=width, highlight=False, markup=False, emoji=False,
+        force_jupyter=False, force_terminal=terminal, color_system="standard" if notebook else "auto",
+    )  # fmt: skip
 
 
 def first_sentence(words: str) -> str:
