@@ -1,4 +1,4 @@
-"""How BAD was asked to train otherwise than GOOD, and what each difference did as far as the record shows it.
+"""How BAD was trained otherwise than GOOD, its model left out, and what each difference did as far as is recorded.
 
 An examiner is a function from two runs to differences. Where the record holds what a setting did (how much the clip
 took, the share of a penalty in the loss, the learning rate of each step), that is what counts, not the setting.
@@ -7,7 +7,7 @@ took, the share of a penalty in the loss, the learning rate of each step), that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,23 +15,22 @@ import numpy as np
 from trainrt.comparison.behaviour import level
 from trainrt.comparison.difference import (
     BACKWARD,
+    CONFIGURATION,
+    EARLY,
     FORWARD,
     NOWHERE,
     START,
     UPDATE,
     Difference,
+    entry,
+    far_apart,
     said,
     saturating,
 )
 from trainrt.findings.series import percentile
 from trainrt.record.run import Run
 
-CONFIGURATION = "configuration"
-EARLY = 50
-"""Steps over which the beginnings of two runs are compared: later they are elsewhere."""
-
 CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
-REGULARISERS = ("kernel_regularizer", "bias_regularizer", "activity_regularizer", "recurrent_regularizer")
 HYPERPARAMETERS = {
     "momentum": ("momentum_too_high",),
     "beta_1": ("momentum_too_high",),
@@ -59,15 +58,8 @@ QUIET = frozenset(
 
 def examine(good: Run, bad: Run) -> Iterator[Difference]:
     """All differences of configuration, in no order."""
-    for examiner in (_clip, _optimizer, _regularisers, _model, _compiled, _batches, _other_arguments, _seed):
+    for examiner in (_clip, _optimizer, _compiled, _batches, _other_arguments, _seed):
         yield from examiner(good, bad)
-
-
-def _of(run: Run, *path: str) -> Any:
-    value: Any = run.environment
-    for name in path:
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
 
 
 def _clip(good: Run, bad: Run) -> Iterator[Difference]:
@@ -100,32 +92,32 @@ def _clip(good: Run, bad: Run) -> Iterator[Difference]:
 
 def _clip_in_words(run: Run) -> str:
     found = []
-    if _of(run, "fit", "clip") is not None:
-        found.append(said(_of(run, "fit", "clip")))
+    if entry(run, "fit", "clip") is not None:
+        found.append(said(entry(run, "fit", "clip")))
     for name in CLIPS:
-        if _of(run, "optimizer", "config", name) is not None:
-            found.append(f"{name}={said(_of(run, 'optimizer', 'config', name))}")
+        if entry(run, "optimizer", "config", name) is not None:
+            found.append(f"{name}={said(entry(run, 'optimizer', 'config', name))}")
     return ", ".join(found) or "none"
 
 
 def _let_through(run: Run) -> float:
     """The share of the gradient that the clip leaves, in the median of the steps; of an optimizer's own clip, which is
     not recorded, what its threshold would leave of the recorded norms. Between two runs the smaller counts."""
-    if _of(run, "fit", "clip") is not None:
+    if entry(run, "fit", "clip") is not None:
         return level(run, "clip_scale")
-    threshold = _of(run, "optimizer", "config", "global_clipnorm") or _of(run, "optimizer", "config", "clipnorm")
+    threshold = entry(run, "optimizer", "config", "global_clipnorm") or entry(run, "optimizer", "config", "clipnorm")
     if threshold:
         norm = level(run, "gradient_norm")
         return min(1.0, float(threshold) / norm) if norm > 0 else float("nan")
-    if _of(run, "optimizer", "config", "clipvalue"):
+    if entry(run, "optimizer", "config", "clipvalue"):
         peak = level(run, "gradient_absmax")
-        return min(1.0, float(_of(run, "optimizer", "config", "clipvalue")) / peak) if peak > 0 else float("nan")
+        return min(1.0, float(entry(run, "optimizer", "config", "clipvalue")) / peak) if peak > 0 else float("nan")
     return 1.0
 
 
 def _optimizer(good: Run, bad: Run) -> Iterator[Difference]:
-    kinds = [_of(run, "optimizer", "class") for run in (good, bad)]
-    configs = [_of(run, "optimizer", "config") or {} for run in (good, bad)]
+    kinds = [entry(run, "optimizer", "class") for run in (good, bad)]
+    configs = [entry(run, "optimizer", "config") or {} for run in (good, bad)]
     steps = [level(run, "update_ratio", EARLY) for run in (good, bad)]
     apart = math.log10(steps[1] / steps[0]) if min(steps, default=0) > 0 and all(map(math.isfinite, steps)) else None
     did = ""
@@ -154,7 +146,7 @@ def _optimizer(good: Run, bad: Run) -> Iterator[Difference]:
         if mine != yours and not (
             name.startswith("ema_") and not (configs[0].get("use_ema") or configs[1].get("use_ema"))
         ):
-            likelihood = _of_numbers(mine, yours, name)
+            likelihood = far_apart(mine, yours, name)
             yield Difference(
                 CONFIGURATION, f"optimizer.{name}", said(mine), said(yours), likelihood, did, causes, (UPDATE,)
             )
@@ -230,161 +222,14 @@ def _tail(values: np.ndarray) -> float:
 
 
 def _rate_in_words(run: Run) -> str:
-    value = _of(run, "optimizer", "config", "learning_rate")
+    value = entry(run, "optimizer", "config", "learning_rate")
     if value is None and "learning_rate" in run.roster.scalars:
         value = percentile(run.scalar("learning_rate")[:1], 50)
     return said(value)
 
 
-def _of_numbers(mine: Any, yours: Any, name: str) -> float:
-    """How much two values of an option differ: of what remembers the past, by how long it does."""
-    if isinstance(mine, bool) or isinstance(yours, bool) or not all(isinstance(v, (int, float)) for v in (mine, yours)):
-        return 0.3
-    a, b = float(mine), float(yours)
-    if name in ("momentum", "beta_1", "beta_2", "rho", "ema_momentum"):
-        a, b = 1 / max(1 - a, 1e-6), 1 / max(1 - b, 1e-6)
-    return saturating(abs(math.log10(b / a)), 0.8) if a > 0 and b > 0 else 0.4
-
-
-def _layers(run: Run) -> list[Mapping[str, Any]]:
-    layers = _of(run, "model", "layers")
-    return [layer for layer in layers if isinstance(layer, Mapping)] if isinstance(layers, list) else []
-
-
-def _pairs(good: Run, bad: Run) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]] | None:
-    """The layers of both side by side; None where the models are made of other layers. Keras numbers the names of
-    layers a process through, so that they do not tell."""
-    mine, yours = _layers(good), _layers(bad)
-    if [layer.get("class") for layer in mine] != [layer.get("class") for layer in yours]:
-        return None
-    return list(zip(mine, yours, strict=True))
-
-
-def _regularisers(good: Run, bad: Run) -> Iterator[Difference]:
-    words = [_penalties(run) for run in (good, bad)]
-    if words[0] == words[1]:
-        return
-    shares = [_share_of_penalty(run) for run in (good, bad)]
-    more = shares[1] > shares[0]
-    yield Difference(
-        CONFIGURATION,
-        "regularizer",
-        "; ".join(words[0]) or "none",
-        "; ".join(words[1]) or "none",
-        max(min(abs(shares[1] - shares[0]) * 1.3, 0.97), 0.1),
-        f"Penalties are {shares[1]:.0%} of BAD's loss at the start, and {shares[0]:.0%} of GOOD's.",
-        ("over_regularised",) if more else ("overfitting",),
-        (FORWARD, BACKWARD),
-        (f"Weaken it: GOOD has {'; '.join(words[0]) or 'none'}.",),
-        evidence={"share_of_loss": {"good": shares[0], "bad": shares[1]}},
-    )
-
-
-def _penalties(run: Run) -> list[str]:
-    found = []
-    for index, layer in enumerate(_layers(run)):
-        config = layer.get("config")
-        for name in REGULARISERS:
-            value = config.get(name) if isinstance(config, Mapping) else None
-            if value is not None:
-                found.append(f"{name} {said(value)} in layer {index} ({layer.get('class')})")
-    return found
-
-
-def _share_of_penalty(run: Run) -> float:
-    """The largest that it has at the start, where it is largest, or in the first steps."""
-    shares = [0.0]
-    for steps in (1, EARLY):
-        loss = level(run, "loss", steps)
-        known = [level(run, n, steps) for n in ("regularization_loss", "added_loss") if n in run.roster.scalars]
-        share = sum(known) / loss if known and loss > 0 else 0.0
-        shares.append(share if math.isfinite(share) else 0.0)
-    return max(shares)
-
-
-def _trainable(size: Any) -> str:
-    return f" ({size:,} trainable)" if isinstance(size, int) else ""
-
-
-def _model(good: Run, bad: Run) -> Iterator[Difference]:
-    pairs = _pairs(good, bad)
-    sizes = [_of(run, "model", "trainable_parameters") for run in (good, bad)]
-    if pairs is None:
-        left, right = ([str(layer.get("class")) for layer in _layers(run)] for run in (good, bad))
-        size = _of_numbers(sizes[0], sizes[1], "") if all(isinstance(s, int) for s in sizes) else 0.0
-        if left or right:
-            yield Difference(
-                CONFIGURATION,
-                "model.layers",
-                _only_here(left, right) + _trainable(sizes[0]),
-                _only_here(right, left) + _trainable(sizes[1]),
-                max(0.6, size),
-                "The models are made of other layers.",
-                ("capacity",),
-                (START, FORWARD),
-            )
-        return
-    for index, (mine, yours) in enumerate(pairs):
-        name = str(mine.get("name") or index)
-        if mine.get("trainable") != yours.get("trainable") and mine.get("parameters"):
-            total = _of(good, "model", "parameters") or 1
-            frozen = not yours.get("trainable")
-            yield Difference(
-                CONFIGURATION,
-                f"{name}.trainable",
-                said(mine.get("trainable")),
-                said(yours.get("trainable")),
-                max(0.3, min(0.9, int(mine["parameters"]) / total)),
-                f"{'Frozen in BAD' if frozen else 'Trained in BAD'}: {mine['parameters']:,} of {total:,} elements.",
-                ("frozen_layers",) if frozen else ("overfitting",),
-                (BACKWARD,),
-            )
-        if mine.get("dtype") != yours.get("dtype"):
-            yield Difference(
-                CONFIGURATION,
-                f"{name}.dtype",
-                said(mine.get("dtype")),
-                said(yours.get("dtype")),
-                0.4,
-                "",
-                ("update_rounding",),
-                (FORWARD,),
-            )
-        a, b = mine.get("config"), yours.get("config")
-        if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
-            continue
-        for key in dict.fromkeys((*a, *b)):
-            if a.get(key) != b.get(key) and key not in (*REGULARISERS, "seed"):
-                yield _of_layer(name, str(key), a.get(key), b.get(key))
-
-
-def _of_layer(layer: str, key: str, mine: Any, yours: Any) -> Difference:
-    likelihood = 0.35
-    causes: tuple[str, ...] = ()
-    acts: tuple[str, ...] = (FORWARD,)
-    if key == "rate" and all(isinstance(v, (int, float)) for v in (mine, yours)):
-        # What is kept counts: from 0.8 to 0.9 half of it goes.
-        likelihood = saturating(abs(math.log2(max(1 - yours, 0.01) / max(1 - mine, 0.01))), 0.7)
-        causes = ("dropout_too_high",) if yours > mine else ("overfitting",)
-    elif "initializer" in key:
-        likelihood, causes, acts = 0.55, ("bad_init",), (START,)
-    elif "activation" in key:
-        likelihood, causes = 0.6, ("hidden_activation", "wrong_output_activation")
-    elif key in ("units", "filters", "kernel_size"):
-        likelihood, causes, acts = 0.45, ("capacity",), (START, FORWARD)
-    elif key in ("momentum", "epsilon"):
-        causes = ("batchnorm_statistics",)
-    return Difference(CONFIGURATION, f"{layer}.{key}", said(mine), said(yours), likelihood, "", causes, acts)
-
-
-def _only_here(mine: list[str], yours: list[str]) -> str:
-    rest = list(yours)
-    own = [name for name in mine if not (name in rest and not rest.remove(name))]  # type: ignore[func-returns-value]
-    return f"{len(mine)} layers" + (f", of them only here {', '.join(own[:6])}" if own else "")
-
-
 def _compiled(good: Run, bad: Run) -> Iterator[Difference]:
-    losses = [_of(run, "compile", "loss") for run in (good, bad)]
+    losses = [entry(run, "compile", "loss") for run in (good, bad)]
     if losses[0] != losses[1]:
         yield Difference(CONFIGURATION, "loss", said(losses[0]), said(losses[1]), 0.85, "", ("wrong_loss",), (FORWARD,))
     for name, likelihood, causes, acts in (
@@ -392,11 +237,11 @@ def _compiled(good: Run, bad: Run) -> Iterator[Difference]:
         ("jit_compile", 0.1, (), (FORWARD, BACKWARD, UPDATE)),
         ("run_eagerly", 0.05, (), (FORWARD, BACKWARD, UPDATE)),
     ):
-        mine, yours = (_of(run, "compile", name) for run in (good, bad))
+        mine, yours = (entry(run, "compile", name) for run in (good, bad))
         if mine != yours:
             yield Difference(CONFIGURATION, name, said(mine), said(yours), likelihood, "", causes, acts)
     for name in ("precision", "floatx"):
-        mine, yours = (_of(run, name) for run in (good, bad))
+        mine, yours = (entry(run, name) for run in (good, bad))
         if mine != yours:
             yield Difference(
                 CONFIGURATION, name, said(mine), said(yours), 0.45, "", ("update_rounding",), (START, FORWARD)
@@ -424,7 +269,7 @@ def _batches(good: Run, bad: Run) -> Iterator[Difference]:
         ("steps_per_epoch", 0.2, ("too_few_updates",)),
         ("initial_epoch", 0.2, ()),
     ):
-        mine, yours = (_of(run, "fit", name) for run in (good, bad))
+        mine, yours = (entry(run, "fit", name) for run in (good, bad))
         if mine != yours:
             acts = (FORWARD,) if "weight" in name else (NOWHERE,)
             yield Difference(CONFIGURATION, f"fit.{name}", said(mine), said(yours), likelihood, "", causes, acts)
@@ -444,7 +289,7 @@ def _batches(good: Run, bad: Run) -> Iterator[Difference]:
 
 
 def _batch_size(run: Run) -> int | None:
-    given = _of(run, "fit", "batch_size")
+    given = entry(run, "fit", "batch_size")
     if isinstance(given, int):
         return given
     seen = run.data.get("train", {}).get("batch_size")
@@ -452,7 +297,7 @@ def _batch_size(run: Run) -> int | None:
 
 
 def _other_arguments(good: Run, bad: Run) -> Iterator[Difference]:
-    mine, yours = (_of(run, "fit") or {} for run in (good, bad))
+    mine, yours = (entry(run, "fit") or {} for run in (good, bad))
     callbacks = [_named(each.get("callbacks")) for each in (mine, yours)]
     if callbacks[0] != callbacks[1]:
         words = [said(each) for each in callbacks]
@@ -469,8 +314,8 @@ def _named(callbacks: Any) -> Any:
 
 
 def _seed(good: Run, bad: Run) -> Iterator[Difference]:
-    seeds = [_of(run, "seed") for run in (good, bad)]
-    digests = [_of(run, "weights_digest") for run in (good, bad)]
+    seeds = [entry(run, "seed") for run in (good, bad)]
+    digests = [entry(run, "weights_digest") for run in (good, bad)]
     if seeds[0] != seeds[1]:
         yield Difference(
             CONFIGURATION,

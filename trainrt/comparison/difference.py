@@ -7,7 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-KINDS = ("configuration", "data", "environment")
+from trainrt.record.run import Run
+
+CONFIGURATION = "configuration"
+KINDS = (CONFIGURATION, "data", "environment")
+
+EARLY = 50
+"""Steps over which the beginnings of two runs are compared: later they are elsewhere."""
 
 START, FORWARD, BACKWARD, UPDATE, NOWHERE = "start", "forward", "backward", "update", "nowhere"
 """Where in a step a difference acts first: on the weights before the first one, on the loss (the batch, the model, the
@@ -104,3 +110,21 @@ def said(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[" + ", ".join(map(said, value)) + "]"
     return str(value)
+
+
+def entry(run: Run, *path: str) -> Any:
+    """What the passport says at a path of names, None where it says nothing."""
+    value: Any = run.environment
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def far_apart(mine: Any, yours: Any, name: str) -> float:
+    """How much two values of an option differ: of what remembers the past, by how long it does."""
+    if isinstance(mine, bool) or isinstance(yours, bool) or not all(isinstance(v, (int, float)) for v in (mine, yours)):
+        return 0.3
+    a, b = float(mine), float(yours)
+    if name in ("momentum", "beta_1", "beta_2", "rho", "ema_momentum"):
+        a, b = 1 / max(1 - a, 1e-6), 1 / max(1 - b, 1e-6)
+    return saturating(abs(math.log10(b / a)), 0.8) if a > 0 and b > 0 else 0.4

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trainrt.comparison import configuration, data, surroundings
+from trainrt.comparison import configuration, data, model, surroundings
 from trainrt.comparison.behaviour import Departure, Start, departures, outcome, start
 from trainrt.comparison.difference import BACKWARD, FORWARD, KINDS, NOWHERE, START, UPDATE, Difference, plain
 from trainrt.findings import Finding, Rule, diagnose
@@ -89,6 +89,9 @@ class Comparison:
             }
         )
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))  # in a notebook
+
     def __str__(self) -> str:
         from trainrt.comparison.render import text
 
@@ -136,7 +139,7 @@ def contrast(goods: Sequence[Run], last: Run, in_good: Iterable[Finding], in_bad
         began = start(first, last)
         left = departures(goods, last)
         differences = [
-            each for examiner in (configuration, data, surroundings) for each in examiner.examine(first, last)
+            each for examiner in (configuration, model, data, surroundings) for each in examiner.examine(first, last)
         ]
     weighed = [_by_findings(_by_start(each, began), only_bad) for each in differences]
     ranked = sorted(weighed, key=lambda d: (-d.likelihood, KINDS.index(d.kind), d.name))
