@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from trainrt import __version__, findings
-from trainrt.cli import BAD_INPUT, main, summary
+from trainrt.cli import BAD_INPUT, main
 from trainrt.findings import diagnose
 from trainrt.record import events
 from trainrt.record.run import Run
 from trainrt.record.vocabulary import Epoch, Parameter, Record
+from trainrt.report import summary
 
 STEPS = 60
 ENVIRONMENT = {

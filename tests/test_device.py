@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import trainrt
 from trainrt.findings import Finding, diagnose, findings_of_time
-from trainrt.findings.device import stragglers
+from trainrt.findings.wall_time import stragglers
 from trainrt.record.run import Run
 from trainrt.record.vocabulary import Document
 

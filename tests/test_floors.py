@@ -13,7 +13,7 @@ FOLDERS = {"record", "update", "loop", "passport", "looks", "device", "endurance
 """Their modules have floors of their own; of any other folder the whole has one."""
 
 FLOORS = (
-    {"vocabulary", "digits", "signals", "phases", "launch", "banners"},
+    {"vocabulary", "digits", "signals", "phases", "intervals", "launch", "banners"},
     {"statistics", "events", "synthetic", "digest", "relation", "windows"},
     {"event_files", "columns"},
     {"checkpoint", "run", "doors", "native", "clip", "taps", "resident", "matched", "survey", "pipeline"},
@@ -34,7 +34,7 @@ FLOORS = (
     {"training"},
     {"experiment"},
     {"fit"},
-    {"plugin", "demo", "doctor"},
+    {"plugin", "demo", "doctor", "report"},
     {"cli"},
     {"__main__"},
 )

@@ -161,7 +161,7 @@ def test_a_trace_without_a_log_directory_is_told_and_leaves_no_file():
 
 
 def test_what_the_trace_says_is_in_the_report(traced):
-    from trainrt.cli import summary
+    from trainrt.report import summary
 
     lines = [words for label, words in summary(trainrt.Run.open(traced.run.path)) if label == "trace"]
     assert any("backward" in line for line in lines)

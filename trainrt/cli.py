@@ -12,17 +12,17 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainrt import __version__
 from trainrt.banners import load_tensorflow
 from trainrt.determinism import commands as determinism
 from trainrt.record.vocabulary import unique
+from trainrt.report import as_json, print_report, say
 
 if TYPE_CHECKING:
-    from trainrt.findings import Finding
     from trainrt.record.run import Run
 
 BAD_INPUT = 2
@@ -152,13 +152,13 @@ def _report(options: argparse.Namespace) -> int:
     if options.html:
         return _write_page(options.html, options.logdir, chosen, runs)
     if options.json:
-        body = {"runs": [_as_json(path, run, findings) for path, run, findings in reports], "others": others}
+        body = {"runs": [as_json(path, run, findings) for path, run, findings in reports], "others": others}
         print(json.dumps(body, indent=2, allow_nan=False))
         return 0
     for path, run, findings in reports:
-        _print_report(path, run, findings)
+        print_report(path, run, findings)
     if others:
-        _say(
+        say(
             f"{len(others)} other run{'s' if len(others) > 1 else ''} here (this was the newest; --all reports all): "
             + ", ".join(others)
         )
@@ -202,8 +202,8 @@ def _compare_bits(options: argparse.Namespace) -> int:
         print(json.dumps({"bits": said}, indent=2, default=str))
     else:
         for bad, verdict in zip(options.bad, verdicts, strict=True):
-            _say(f"{options.good} and {bad}")
-            _say(str(verdict))
+            say(f"{options.good} and {bad}")
+            say(str(verdict))
     return 0 if all(verdict.identical for verdict in verdicts) else 1
 
 
@@ -215,7 +215,7 @@ def _write_comparison(file: Path, named: list[tuple[str, Run]]) -> int:
         report_html.write(file, [(name, run) for name, (_, run) in zip(names, named, strict=True)], compare=True)
     except OSError as error:
         return _refuse(f"{file} cannot be written: {error}")
-    _say(f"{file} compares {len(named)} runs; open it in a browser.")
+    say(f"{file} compares {len(named)} runs; open it in a browser.")
     return 0
 
 
@@ -228,7 +228,7 @@ def _write_page(file: Path, logdir: Path, paths: list[Path], runs: list[Run]) ->
         report_html.write(file, named[::-1])
     except OSError as error:
         return _refuse(f"{file} cannot be written: {error}")
-    _say(f"{file} holds {len(runs)} run{'s' if len(runs) > 1 else ''}; open it in a browser.")
+    say(f"{file} holds {len(runs)} run{'s' if len(runs) > 1 else ''}; open it in a browser.")
     return 0
 
 
@@ -238,20 +238,20 @@ def _kernels(options: argparse.Namespace) -> int:
 
     if options.action == "clean":
         removed = native.clean()
-        _say(f"Removed {len(removed)} from {native.cache()}." if removed else f"Nothing to remove in {native.cache()}.")
+        say(f"Removed {len(removed)} from {native.cache()}." if removed else f"Nothing to remove in {native.cache()}.")
         return 0
     if options.action == "build":
         try:
-            _say(str(native.build(options.force, options.target, options.directory)))
+            say(str(native.build(options.force, options.target, options.directory)))
         except native.BuildError as error:
             return _refuse(str(error))
         return _build_gpu(options)
     status = native.status()
-    _say(f"library   {status.path or status.reason}")
-    _say(f"compiler  {status.compiler or 'none found'}")
-    _say(f"flags     {' '.join(status.flags)}")
+    say(f"library   {status.path or status.reason}")
+    say(f"compiler  {status.compiler or 'none found'}")
+    say(f"flags     {' '.join(status.flags)}")
     gpu = cuda.status()
-    _say(f"GPU       {gpu.path or gpu.reason}")
+    say(f"GPU       {gpu.path or gpu.reason}")
     return 0 if status.path else 1
 
 
@@ -265,11 +265,11 @@ def _build_gpu(options: argparse.Namespace) -> int:
     if not wanted:
         return 0
     try:
-        _say(str(cuda.build(options.force, options.directory)))
+        say(str(cuda.build(options.force, options.directory)))
     except native.BuildError as error:
         if options.gpu:
             return _refuse(str(error))
-        _say(str(error))
+        say(str(error))
     return 0
 
 
@@ -320,97 +320,6 @@ def _demo(options: argparse.Namespace) -> int:
     from trainrt import demo
 
     return demo.run(options.logdir, **({} if options.epochs is None else {"epochs": options.epochs}))
-
-
-def _print_report(path: Path, run: Run, findings: list[Finding]) -> None:
-    from trainrt.findings.render import render
-
-    lines = summary(run)
-    width = max((len(label) for label, _ in lines), default=0)
-    _say(str(path))
-    for label, words in lines:
-        _say(words, f"  {label:{width}}  ")
-    print()
-    if findings or len(run.steps):
-        render(findings)
-    else:
-        print("No step was recorded, so there is nothing to judge.")
-
-
-def summary(run: Run) -> list[tuple[str, str]]:
-    """A run in a few labelled lines: what trained, how far it came, how it ended, what could not be read."""
-    from trainrt.device import words as device_words
-
-    environment = run.environment or {}
-    lines: list[tuple[str, str]] = []
-    parameters = run.roster.parameters
-    size = sum(parameter.size for parameter in parameters)
-    model = environment.get("model")
-    name = f"{model.get('name') if isinstance(model, dict) else model}, " if model else ""
-    lines.append(("model", f"{name}{len(parameters)} trainable weights, {size:,} elements"))
-    optimizer = environment.get("optimizer")
-    if optimizer:
-        lines.append(("optimizer", _optimizer(optimizer)))
-    clip = (environment.get("fit") or {}).get("clip")
-    if clip:
-        lines.append(("clip", str(clip)))
-    if len(run.steps):
-        lines.append(("steps", f"{run.steps[0, 0]} to {run.steps[-1, 1]}, in {len(run.steps)} windows"))
-    else:
-        lines.append(("steps", "none were recorded"))
-    if "loss" in run.roster.scalars and len(run.steps):
-        loss = run.scalar("loss")
-        lines.append(("loss", f"{loss[0]:.4g} -> {loss[-1]:.4g}"))
-    if run.epochs:
-        last = run.epochs[-1]
-        logs = ", ".join(f"{name} {value:.4g}" for name, value in last.logs.items() if isinstance(value, (int, float)))
-        lines.append(("epochs", f"{len(run.epochs)}; the last: {logs}"))
-    lines.extend(device_words.lines(run))
-    mode = environment.get("determinism")
-    if isinstance(mode, dict) and mode.get("enforced"):
-        proof = environment.get("certificate") or {}
-        lines.append(
-            ("bits", f"deterministic, fingerprint {mode.get('fingerprint')}; {proof.get('result', 'not proven')}")
-        )
-    lines.append(("ended", _ending(run.end)))
-    lines.extend(("problem", str(problem)) for problem in run.problems)
-    return lines
-
-
-def _optimizer(optimizer: Any) -> str:
-    if not isinstance(optimizer, dict):
-        return str(optimizer)
-    config = optimizer.get("config") or {}
-    unused = () if config.get("use_ema") else ("ema_momentum",)
-    shown = [
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-        for key, value in config.items()
-        if key not in ("name", *unused) and isinstance(value, (int, float, str)) and value is not False
-    ]
-    return f"{optimizer.get('class') or optimizer.get('name', '?')}({', '.join(shown)})"
-
-
-def _ending(end: Mapping[str, Any] | None) -> str:
-    if end is None:
-        return "not yet, or it was killed: the record has no end"
-    return f"{end.get('how', '?')}{': ' if end.get('detail') else ''}{end.get('detail') or ''}"
-
-
-def _as_json(path: Path, run: Run, findings: list[Finding]) -> dict[str, Any]:
-    return {
-        "path": str(path),
-        "summary": dict(summary(run)),
-        "steps": [int(run.steps[0, 0]), int(run.steps[-1, 1])] if len(run.steps) else None,
-        "windows": len(run.steps),
-        "problems": [str(problem) for problem in run.problems],
-        "findings": [finding.to_dict() for finding in findings],
-    }
-
-
-def _say(words: str, label: str = "") -> None:
-    from trainrt.findings.render import printable
-
-    print(label + printable(words, sys.stdout.encoding))
 
 
 def _refuse(words: str) -> int:

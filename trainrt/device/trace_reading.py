@@ -15,7 +15,7 @@ import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from tensorflow.compiler.xla.service import hlo_pb2
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
+from trainrt.device.intervals import cut, length, merge, without
 from trainrt.device.phases import PHASES, Scopes, bare
 
 MARKER, INPUT = "train", "trainrt input"
@@ -123,18 +124,18 @@ def told(markers, waits, ops: _Events, kernels: list[_Events], stages, scopes: S
     usual = float(np.median(spans))
     count = len(markers)
     by_phase = _intervals(markers, waits, ops, kernels, scopes)
-    phase_s = {name: _length(intervals) * PS / count for name, intervals in by_phase.items()}
+    phase_s = {name: length(intervals) * PS / count for name, intervals in by_phase.items()}
     busy = [_union([(b, e) for b, e in zip(k.begin, k.end, strict=True)], markers) for k in kernels]
     work = _union([i for name, each in by_phase.items() if name not in ("input", "host") for i in each], markers)
     work = _union([*work, *_clipped(ops, markers)], markers)
     total = float(spans.sum())
     waited = by_phase.get("input", [])
-    alone = max(0.0, 1 - _length(_merge([*work, *waited])) * PS / total)
+    alone = max(0.0, 1 - length(merge([*work, *waited])) * PS / total)
     share: dict[str, float | None] = {
-        "input": _length(waited) * PS / total,
-        "compute": _length(work) * PS / total,
+        "input": length(waited) * PS / total,
+        "compute": length(work) * PS / total,
         "host": alone,
-        "idle": max(0.0, 1 - float(np.mean([_length(b) for b in busy])) * PS / total) if busy else None,
+        "idle": max(0.0, 1 - float(np.mean([length(b) for b in busy])) * PS / total) if busy else None,
     }
     phase_s["host"] = alone * total / count
     source = kernels if kernels else [ops]
@@ -189,7 +190,7 @@ def _host_events(plane, modules, eager: bool):
                 _hlo(plane, event, begin, modules, here, name)
         _own_times(data, stages)
         if not line.name.startswith("tf_data"):
-            ops.extend(here, _merge((begin, end) for begin, end, _ in data))
+            ops.extend(here, merge((begin, end) for begin, end, _ in data))
     return sorted(markers, key=lambda m: m[1]), waits, ops, stages
 
 
@@ -281,7 +282,7 @@ def _intervals(markers, waits, ops: _Events, kernels: list[_Events], scopes: Sco
             if known[name]:
                 found[known[name]].append((begin, end))
     if not kernels and waits:  # what runs while a batch is waited for is input, whatever its name
-        found = {phase: _without(intervals, waits) for phase, intervals in found.items()}
+        found = {phase: without(intervals, waits) for phase, intervals in found.items()}
     found["input"] += waits
     return {phase: _union(intervals, markers) for phase, intervals in found.items()}
 
@@ -388,7 +389,7 @@ def _union(intervals, markers) -> list[tuple[int, int]]:
     """The intervals merged, and cut to where steps run: from a marker to the next, the last one to its end."""
     if not intervals:
         return []
-    return _merge(_cut(intervals, _windows(markers)))
+    return merge(cut(intervals, _windows(markers)))
 
 
 def _windows(markers) -> list[tuple[int, int]]:
@@ -397,30 +398,8 @@ def _windows(markers) -> list[tuple[int, int]]:
     return list(zip(begins, [*begins[1:], markers[-1][2]], strict=True))
 
 
-def _merge(intervals) -> list[tuple[int, int]]:
-    merged: list[tuple[int, int]] = []
-    for begin, end in sorted(intervals):
-        if merged and begin <= merged[-1][1]:
-            if end > merged[-1][1]:
-                merged[-1] = (merged[-1][0], end)
-        else:
-            merged.append((begin, end))
-    return merged
-
-
-def _cut(intervals, windows) -> Iterator[tuple[int, int]]:
-    begins = np.array([w[0] for w in windows], np.int64)
-    for begin, end in intervals:
-        i = max(int(np.searchsorted(begins, begin, side="right")) - 1, 0)
-        while i < len(windows) and windows[i][0] < end:
-            a, b = max(begin, windows[i][0]), min(end, windows[i][1])
-            if a < b:
-                yield a, b
-            i += 1
-
-
 def _clipped(events: _Events, markers) -> list[tuple[int, int]]:
-    return list(_cut(zip(events.begin, events.end, strict=True), [(m[1], m[2]) for m in markers]))
+    return list(cut(zip(events.begin, events.end, strict=True), [(m[1], m[2]) for m in markers]))
 
 
 def _inside(events: _Events, markers) -> np.ndarray:
@@ -430,22 +409,6 @@ def _inside(events: _Events, markers) -> np.ndarray:
     i = np.searchsorted(np.array([w[0] for w in windows], np.int64), begin, side="right") - 1
     ends = np.array([w[1] for w in windows], np.int64)
     return (i >= 0) & (begin < ends[np.maximum(i, 0)])
-
-
-def _without(intervals, holes) -> list[tuple[int, int]]:
-    """The intervals that do not begin in a hole."""
-    holes = _merge(holes)
-    begins = np.array([h[0] for h in holes], np.int64)
-    kept = []
-    for begin, end in intervals:
-        i = int(np.searchsorted(begins, begin, side="right")) - 1
-        if i < 0 or begin >= holes[i][1]:
-            kept.append((begin, end))
-    return kept
-
-
-def _length(intervals) -> int:
-    return sum(end - begin for begin, end in intervals)
 
 
 def _name(plane, stat) -> str:
