@@ -83,6 +83,24 @@ def test_the_data_passport_sets_training_beside_validation(tab, server):
     page.keep("data")
 
 
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({}, "Determinism was not asked for"),
+        ({"determinism": {"enforced": True}}, "Deterministic mode was on; not proven"),
+        ({"certificate": {"identical": True, "result": "bit-identical"}}, "Determinism: bit-identical"),
+        ({"certificate": {"identical": False, "result": "differs"}}, "Determinism: differs"),
+    ],
+)
+def test_the_badge_says_how_far_the_bits_can_be_trusted(tab, serve, tmp_path, environment, says):
+    Writer(tmp_path / "a", Run.synthetic(4, environment=environment)).windows(0, 4).close()
+    page = tab().go(serve(tmp_path))
+    assert page.text(".badge") == says
+    assert ("good" in page.frame.locator(".badge").get_attribute("class")) == (
+        says.split()[-1] in ("bit-identical", "proven")
+    )
+
+
 def test_a_description_of_a_part_of_the_data_says_of_how_much(tab, serve, tmp_path):
     writer = Writer(tmp_path / "a", Run.synthetic(steps=8))
     seen = {"batches": 64, "rows": 2048, "share": 2048 / 60000}

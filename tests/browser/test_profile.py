@@ -66,6 +66,10 @@ def test_the_profile_tab_shows_the_steps_and_the_phases(browser, serve, traced):
         for number, phase in enumerate(("input", "forward", "backward", "clip", "update", "statistics")):
             page.get_by_text(f"trainrt {number} {phase}").first.wait_for(timeout=60_000)
         keep(page, "profile-trace")
+        page.goto(f"{server.url}#trainrt")
+        link = page.frame_locator('iframe[src*="name=trainrt"]').get_by_role("link", name="Open the device trace")
+        link.click(timeout=60_000)
+        page.wait_for_url("**/#profile*")
     finally:
         context.close()
 
