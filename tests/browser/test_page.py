@@ -290,6 +290,7 @@ def test_any_runs_are_compared_side_by_side_with_one_of_them(tab, serve, tmp_pat
     assert choice.evaluate("select => select === document.activeElement")
     red, _, blue = colour("base against later", 50, second, "")
     assert blue > red + 60
+    assert "clip 2 → 1 " in page.text(".board tbody"), "from the baseline's to its own, whichever is the good one"
     page.keep("comparison-of-four")
     again = tab().go(server, page.page.url.replace(server.url, ""))
     assert again.text(".board tbody").split()[0] == "later"

@@ -155,7 +155,9 @@ function board(sides) {
   const why = ({ told }) => {
     if (!told) return '';
     const [first] = told.ranked;
-    return first ? [el('b', {}, first.name), ` ${first.good} → ${first.bad} `, share(first)] : [told.verdict];
+    if (!first) return [told.verdict];
+    const change = told.good === 'run' ? [first.good, first.bad] : [first.bad, first.good]; // from the baseline's to its own
+    return [el('b', {}, first.name), ` ${change.join(' → ')} `, share(first)];
   };
   const row = (side) => el('tr', {}, el('th', { scope: 'row' }, dot(side.hue), side.run.name, side.told ? '' : ' ', side.told ? '' : el('span', { class: 'pill' }, 'baseline')),
     el('td', {}, HEALTH[side.run.verdict.level] || side.run.verdict.title.replace('Likely cause: ', '')),
