@@ -303,6 +303,20 @@ def test_any_runs_are_compared_side_by_side_with_one_of_them(tab, serve, tmp_pat
     assert page.frame.locator("canvas[aria-label='Map of base']").is_visible()
 
 
+def test_a_run_that_grows_is_compared_to_its_end(tab, serve, tmp_path):
+    loss = np.linspace(2, 1, 90)
+    other = np.where(np.arange(90) < 60, loss, 2 * loss)
+    Writer(tmp_path / "done", Run.synthetic(90, ["a/kernel"], loss=loss)).windows(0, 90).close()
+    writer = Writer(tmp_path / "live", Run.synthetic(90, ["a/kernel"], loss=other)).windows(0, 30)
+    page = tab().go(serve(tmp_path), "#trainrt&run=live&versus=done")
+    since = "document.querySelectorAll('.board tbody td.number')[5].innerText"
+    assert page.inner.evaluate(since) == "never"
+    page.after(lambda: writer.windows(30, 50))
+    page.after(lambda: writer.windows(50, 90))
+    page.after(writer.close)
+    page.inner.wait_for_function(f"{since} === 'step 60'", timeout=20_000)
+
+
 def test_runs_that_hold_nothing_to_compare_are_said_beside_the_others(tab, serve, tmp_path):
     four_runs(tmp_path)
     Writer(tmp_path / "empty", Run.synthetic(3))

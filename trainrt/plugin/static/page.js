@@ -8,7 +8,7 @@ import { Place } from './place.js';
 import { watchTheme } from './theme.js';
 import { verdict } from './verdict.js';
 
-const PULSE_MS = 2000;
+const PULSE_MS = 2000, PATIENCE = 20;
 
 export function mount(root, source) {
   let page = null;
@@ -24,6 +24,7 @@ class Page {
     this.place = new Place();
     this.asked = 0;
     this.drawn = 0;
+    this.answers = new Map();
     const does = {
       hover: (step) => this.hover(step), zoom: (first, last) => this.zoom(first, last),
       out: () => this.place.set({ first: null, last: null, finding: null }),
@@ -275,17 +276,17 @@ class Page {
     this.redraw();
   }
 
-  // What is said of a run against another stays true until either grows: zooming asks for pictures only.
+  // What is said of a run against another is asked for again when either has grown, and not by a zoom; while one grows,
+  // the server has some twenty times as long as it took until it is asked again.
   told(base, run) {
-    const key = JSON.stringify([base, run].map((one) => [one.name, one.windows, one.judged, Boolean(one.end)]));
-    this.answers ??= new Map();
-    if (!this.answers.has(key)) {
-      const answer = this.source.compare({ run: base.name, versus: run.name });
-      this.answers.set(key, answer);
-      answer.catch(() => this.answers.delete(key));
-      if (this.answers.size > 64) this.answers.delete(this.answers.keys().next().value);
-    }
-    return this.answers.get(key);
+    const pair = JSON.stringify([base.name, run.name]), ended = base.end && run.end;
+    const state = JSON.stringify([base, run].map((one) => [one.windows, one.judged, Boolean(one.end)]));
+    const had = this.answers.get(pair), begun = performance.now();
+    if (had && (had.state === state || (!ended && begun < had.again))) return had.answer;
+    const made = { state, again: Infinity, answer: this.source.compare({ run: base.name, versus: run.name }) };
+    made.answer.then(() => { made.again = performance.now() + PATIENCE * (performance.now() - begun); }, () => this.answers.delete(pair));
+    this.answers.set(pair, made);
+    return made.answer;
   }
 
   async pulse() {
