@@ -4,10 +4,14 @@
 
 Each round trains both ways once, in an order that is shuffled anew, on models that were traced before; `with/without`
 is the median over rounds of that round's ratio of the process's processor time, which other processes disturb less
-than the clock on the wall. `alone` is steadier than a difference of two large times: the data is read without a model,
-with the passport and without, and what reading takes more is given a batch and as a share of the step. That is of the
-first pass, the dearest, with all that is done once. `arrays` are given as arrays to `fit`, `dataset` as a
-`tf.data.Dataset` of batches.
+than the clock on the wall. The rest is steadier than a difference of two large times: the data is read without a model,
+with the passport and without, it and twice as much.
+
+  batch    what reading takes more for each batch that there is more, and as a share of the step
+  once     what it takes more however long the data is: tracing, the closer look at the first batches, the summary
+  all      both together as a share of the first pass; of the passes after, few are watched
+
+`arrays` are given as arrays to `fit`, `dataset` as a `tf.data.Dataset` of batches.
 """
 
 from __future__ import annotations
@@ -90,24 +94,31 @@ def _drain(iterator, count):
 def measure(workload: Workload, form: str, rounds: int, epochs: int) -> dict[str, float]:
     x, y = workload.data(np.random.default_rng(0), workload.batch * STEPS)
     data, keywords = data_of(workload, form, x, y)
+    twice, _ = data_of(workload, form, np.concatenate([x, x]), np.concatenate([y, y]))
     keras.utils.set_random_seed(0)
     model = workload.build()
     model.compile("adam", "sparse_categorical_crossentropy")
     for passport in (True, False):
         fit(model, passport, data, keywords, 1)
-    ratios, steps, alone = [], [], []
+    ratios, steps, reading = [], [], []
     for _ in range(rounds):
         took = {passport: fit(model, passport, data, keywords, epochs) for passport in random.sample([True, False], 2)}
         ratios.append(took[True] / took[False])
         steps.append(took[False] / (epochs * STEPS))
-        reading = {passport: read(model, passport, data, keywords) for passport in random.sample([True, False], 2)}
-        alone.append((reading[True] - reading[False]) / STEPS)
+        ways = [(passport, times) for passport in (True, False) for times in (1, 2)]
+        reading.append(
+            {way: read(model, way[0], (data, twice)[way[1] - 1], keywords) for way in random.sample(ways, 4)}
+        )
+    whole, double = (statistics.median(r[True, times] - r[False, times] for r in reading) for times in (1, 2))
+    batch = (double - whole) / STEPS
     return {
         "ratio": statistics.median(ratios),
         "low": min(ratios),
         "high": max(ratios),
         "step": statistics.median(steps),
-        "alone": statistics.median(alone),
+        "batch": batch,
+        "once": whole - batch * STEPS,
+        "all": whole / STEPS,
     }
 
 
@@ -118,14 +129,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--epochs", type=int, default=1)
     options = parser.parse_args()
-    print(f"{'workload':10} {'data':8} {'with/without':>13} {'(range)':>15} {'step':>9} {'alone':>9} {'share':>7}")
+    print(
+        f"{'workload':10} {'data':8} {'with/without':>13} {'(range)':>15} {'step':>9} {'batch':>9} {'share':>7} "
+        f"{'once':>9} {'all':>7}"
+    )
     for name in options.workloads:
         for form in options.forms:
             found = measure(WORKLOADS[name], form, options.rounds, options.epochs)
             spread = f"({found['low']:.3f} to {found['high']:.3f})"
             print(
                 f"{name:10} {form:8} {found['ratio']:13.3f} {spread:>15} {1e6 * found['step']:6.0f} us "
-                f"{1e6 * found['alone']:6.1f} us {found['alone'] / found['step']:7.2%}",
+                f"{1e6 * found['batch']:6.1f} us {found['batch'] / found['step']:7.2%} {1e3 * found['once']:6.1f} ms "
+                f"{found['all'] / found['step']:7.2%}",
                 flush=True,
             )
 

@@ -112,6 +112,15 @@ class _Pass(NamedTuple):
     batch_size: int
 
 
+class _Tap(NamedTuple):
+    """A dataset, the same with its batches shown, and of a batch what is shown."""
+
+    source: tf.data.Dataset
+    dataset: tf.data.Dataset
+    leaves: list[Leaf]
+    indices: list[int]
+
+
 class Watched:
     """One of the two data sets, pass by pass.
 
@@ -135,6 +144,7 @@ class Watched:
         self._first: _Pass | None = None
         self._awaited: tuple[int, _Pass] | None = None
         self._cached: tuple[tuple, dict] | None = None
+        self._tap: _Tap | None = None
         self._lock = threading.Lock()
         self._kept: list[list[np.ndarray]] = []
         self._kept_rows = 0
@@ -201,25 +211,29 @@ class Watched:
         return self.begun & (self.begun - 1) == 0
 
     def _tapped(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        number = self.begun - 1
-        leaves, indices = leaves_of(dataset.element_spec)
-        if not leaves:
+        if self._tap is None or self._tap.source is not dataset:
+            self._tap = self._make_tap(dataset)
+        if self._tap is None:
             self.unseen = "no dense tensors of numbers"
             return dataset
-        size = int(dataset.cardinality())
-        seen = Survey(leaves, full=number == 0, expected=_expected(dataset.element_spec, size))
+        number, size = self.begun - 1, int(dataset.cardinality())
+        self._structure = self._structure or (dataset.element_spec, self._tap.indices)
+        self.surveys[number] = Survey(
+            self._tap.leaves, full=number == 0, expected=_expected(dataset.element_spec, size)
+        )
+        self.watched += 1
+        return self._tap.dataset
 
-        def look(batch_number, *arrays) -> None:
-            try:
-                if not number:
-                    self._keep(arrays)
-                seen.see(*arrays, number=None if batch_number < 0 else int(batch_number))
-            except Exception as error:  # a fault of ours must not take the training down
-                self.unseen = f"{type(error).__name__}: {error}"[:500]
+    def _make_tap(self, dataset: tf.data.Dataset) -> _Tap | None:
+        """Traced once: passes over the same dataset have the same tap."""
+        leaves, indices = leaves_of(dataset.element_spec)
+        if not leaves:
+            return None
+        size = int(dataset.cardinality())
 
         def show(batch_number, batch) -> tf.Operation:
             flat = tf.nest.flatten(batch)
-            return tf.numpy_function(look, [batch_number, *(flat[i] for i in indices)], [])
+            return tf.numpy_function(self._look, [batch_number, *(flat[i] for i in indices)], [])
 
         @tf.autograph.experimental.do_not_convert
         def tap_each(*batch):
@@ -230,17 +244,23 @@ class Watched:
         @tf.autograph.experimental.do_not_convert
         def tap_some(batch_number, batch):
             flat = tf.nest.flatten(batch)
-            regular = survey.scheduled(batch_number) if not number else batch_number < survey.FIRST
-            due = regular | (batch_number == size - 1) | tf.logical_not(_all_finite([flat[i] for i in indices]))
+            due = survey.scheduled(batch_number) | (batch_number == size - 1)
+            due |= tf.logical_not(_all_finite([flat[i] for i in indices]))
             tf.cond(due, lambda: _after(show(batch_number, batch)), _after)
             return batch
 
-        if not number:
-            self._structure = dataset.element_spec, indices
         tapped = dataset.map(tap_each) if 0 <= size <= FEW else dataset.enumerate().map(tap_some)
-        self.surveys[number] = seen
-        self.watched += 1
-        return tapped
+        return _Tap(dataset, tapped, leaves, indices)
+
+    def _look(self, batch_number, *arrays: np.ndarray) -> None:
+        """A batch of the pass that began last goes by."""
+        try:
+            seen = self.surveys[max(self.surveys)]
+            if seen.full:
+                self._keep(arrays)
+            seen.see(*arrays, number=None if batch_number < 0 else int(batch_number))
+        except Exception as error:  # a fault of ours must not take the training down
+            self.unseen = f"{type(error).__name__}: {error}"[:500]
 
     def _keep(self, arrays: Sequence[np.ndarray]) -> None:
         """Copies the first rows that go by, for `first_rows`."""

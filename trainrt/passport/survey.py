@@ -22,14 +22,14 @@ from trainrt.record.digest import GOLDEN, mix
 SAMPLE_BATCH = 1 << 14
 """About how many elements of a leaf are sampled from one batch."""
 
-SAMPLE = 1 << 19
-"""Most elements of a leaf that are kept: the standard error of a mean is a seven-hundredth of the deviation."""
+SAMPLE = 1 << 18
+"""Most elements of a leaf that are kept: the standard error of a mean is a five-hundredth of the deviation."""
 
 CHANNELS = 32
 """Most channels that are listed one by one."""
 
-ROWS = 4096
-"""Most rows whose hash is kept."""
+ROWS, FEWEST, HASHED_BYTES = 4096, 1024, 8 << 20
+"""Most rows whose hash is kept. Of large rows so many as make so many bytes, and at least half of `FEWEST`."""
 
 LABELS = 1 << 20
 BATCHES = 4096
@@ -294,19 +294,20 @@ def _moments(sample: list[np.ndarray]) -> dict[str, Any]:
     channels = sample[0].shape[-1] if sample[0].ndim > 1 else 1
     if any(s.ndim > 1 and s.shape[-1] != channels for s in sample):
         channels = 1
-    flat = np.concatenate([s.reshape(-1, channels) for s in sample]).astype(np.float64)
-    zero_share = float((flat == 0).mean())
-    finite = np.isfinite(flat)
-    whole = bool(finite.all())
-    if not whole:
-        flat = np.where(finite, flat, 0.0)
-    count = len(flat) if whole else np.maximum(finite.sum(0), 1)
-    mean = flat.sum(0) / count
-    centred = flat - mean
-    if not whole:
-        centred[~finite] = 0.0
+    flat = np.concatenate([s.reshape(-1, channels) for s in sample])
+    zero_share = 1 - np.count_nonzero(flat) / flat.size
+    wide = np.array(flat.T, np.float64, order="C")  # sums along rows of few channels are slow
+    count, mean = np.full(channels, len(flat)), wide.mean(1)
+    finite = None if np.isfinite(mean).all() else np.isfinite(wide)
+    if finite is not None:
+        wide[~finite] = 0.0
+        count = np.maximum(finite.sum(1), 1)
+        mean = wide.sum(1) / count
+    wide -= mean[:, None]
+    if finite is not None:
+        wide[~finite] = 0.0
     with np.errstate(over="ignore"):
-        std = np.sqrt(np.einsum("ij,ij->j", centred, centred) / count)
+        std = np.sqrt(np.einsum("ij,ij->i", wide, wide) / count)
     result: dict[str, Any] = {"sampled": flat.size, "channels": channels, "zero_share": zero_share}
     if channels <= CHANNELS:
         result |= {"mean": mean.tolist(), "std": std.tolist()}
@@ -441,11 +442,17 @@ class Rows:
 
     def __init__(self, expected: int = 0):
         self.limit = _WHOLE
-        while expected > ROWS:
-            self.limit, expected = self.limit // 2, expected // 2
+        self._expected = expected
+        self._most = ROWS
         self.counts: dict[tuple[int, int], int] = {}
         self._widths: list[int] = []
         self._places: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def _limit(self, row_bytes: int) -> None:
+        """Fixes how many rows of that size are kept."""
+        self._most = int(np.clip(HASHED_BYTES // max(row_bytes, 1), FEWEST, ROWS))
+        while self._expected > self._most:
+            self.limit, self._expected = self.limit // 2, self._expected // 2
 
     def see(self, inputs: Sequence[np.ndarray], keep: bool = True) -> np.ndarray:
         """Rows of all inputs together; returns [rows] uint64 keys, made of some elements of each row."""
@@ -453,6 +460,7 @@ class Rows:
         widths = [b.shape[1] for b in bits]
         if self._widths != widths:
             self._widths, self._places = widths, [_places(i, width) for i, width in enumerate(widths)]
+            self._limit(sum(b[:1].nbytes for b in bits))
         keys = np.zeros(len(inputs[0]) if inputs else 0, np.uint64)
         for b, (places, factors) in zip(bits, self._places, strict=True):
             keys += b[:, places].astype(np.uint64) @ factors
@@ -465,7 +473,7 @@ class Rows:
                     crc = google_crc32c.extend(crc, b[row].tobytes())
                 identity = (int(keys[row]), crc)
                 self.counts[identity] = self.counts.get(identity, 0) + 1
-            while len(self.counts) > ROWS:
+            while len(self.counts) > self._most:
                 self.limit //= 2
                 self.counts = {row: n for row, n in self.counts.items() if row[0] < self.limit}
         return keys
