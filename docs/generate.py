@@ -28,13 +28,16 @@ def rules() -> str:
 
 def statistics_page() -> str:
     """A row for each quantity of a tensor, and for each statistic of a weight."""
-    parts = [f"# Statistics\n\n{NOTE}\n`run[name]` is an array [windows, weights]; NaN: not measured, or undefined.\n"]
+    parts = [
+        f"# Statistics\n\n{NOTE}\n`run[name]` is an array [windows, weights]; NaN: not measured, or undefined. What it "
+        "is made from are the moments, joint sums and scalars of the record (`trainrt.record.vocabulary`).\n"
+    ]
     parts.append(
         "\n## Quantities of a tensor\n\nNamed `<subject>_<quantity>`: `gradient_norm`, `update_rms`, and so on "
     )
-    parts.append("for each slot of the optimizer.\n\n| quantity | unit | meaning |\n|---|---|---|\n")
+    parts.append("for each slot of the optimizer.\n\n| quantity | unit | made from | meaning |\n|---|---|---|---|\n")
     parts += [_row(name, each) for name, each in statistics.QUANTITIES.items()]
-    parts.append("\n## Statistics of a weight\n\n| statistic | unit | meaning |\n|---|---|---|\n")
+    parts.append("\n## Statistics of a weight\n\n| statistic | unit | made from | meaning |\n|---|---|---|---|\n")
     own = {n: s for n, s in statistics.STATISTICS.items() if s.function.__module__.startswith("trainrt")}
     parts += [_row(name, each) for name, each in own.items()]
     return "".join(parts)
@@ -70,7 +73,7 @@ PAGES = {"rules.md": rules, "statistics.md": statistics_page, "causes.md": cause
 def _row(name: str, statistic) -> str:
     text = statistic.doc.partition("\n>>>")[0]
     words = " ".join(text.split()).replace("|", "\\|")
-    return f"| `{name}` | {statistic.unit} | {words} |\n"
+    return f"| `{name}` | {statistic.unit} | {', '.join(statistic.needs)} | {words} |\n"
 
 
 def _as_markdown(text: str) -> str:

@@ -182,7 +182,11 @@ TWINS = {
     "clip_scale": lambda w: w.scale.mean(),
     "clip_share": lambda w: (w.scale < 1).mean(),
     "clipped_gradient_norm": lambda w: w.norm("gradient") * w.scale.mean(),
+    "clipped_gradient_rms": lambda w: w.rms("gradient") * w.scale.mean(),
+    "clipped_gradient_mean": lambda w: QUANTITY_TWINS["mean"](w, "gradient") * w.scale.mean(),
+    "clipped_gradient_absmax": lambda w: QUANTITY_TWINS["absmax"](w, "gradient") * w.scale.mean(),
     "unchanged_share": lambda w: _share(w.all("update") == 0),
+    "unpushed_share": lambda w: _share((w.all("update") == 0) & (w.all("gradient") == 0)),
     "rounded_share": lambda w: _share((w.all("update") == 0) & (w.all("gradient") != 0)),
     "gradient_update_cosine": lambda w: (
         w.product / (np.linalg.norm(w.norms("gradient")) * np.linalg.norm(w.norms("update")))
@@ -222,11 +226,25 @@ def test_a_statistic_is_what_the_tensors_say(name, width):
     np.testing.assert_allclose(values, expected, rtol=1e-9, atol=1e-14)
 
 
-def test_the_norm_after_the_clip_is_exact_in_windows_of_one_step():
-    values = Run(ROSTER, _record(1))["clipped_gradient_norm"]
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [
+        ("norm", np.linalg.norm),
+        ("rms", lambda x: np.sqrt(np.mean(x**2)) if x.size else np.nan),
+        ("mean", lambda x: np.mean(x) if x.size else np.nan),
+        ("absmax", lambda x: np.abs(x).max(initial=0.0)),
+    ],
+)
+def test_the_gradient_after_the_clip_is_exact_in_windows_of_one_step(name, twin):
+    values = Run(ROSTER, _record(1))[f"clipped_gradient_{name}"]
     tensors = [[step["gradient"][p] * SCALE[t, p] for p in range(len(SHAPES))] for t, step in enumerate(STEP)]
-    expected = [[np.linalg.norm(x[np.isfinite(x)]) for x in row] for row in tensors]
+    expected = [[twin(x[np.isfinite(x)]) for x in row] for row in tensors]
     np.testing.assert_allclose(values, expected, rtol=1e-12)
+
+
+def test_what_did_not_change_was_not_pushed_or_was_rounded_away():
+    run = Run(ROSTER, _record(WIDTH))
+    np.testing.assert_allclose(run["unpushed_share"] + run["rounded_share"], run["unchanged_share"], rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", sorted({**statistics.STATISTICS, **statistics.QUANTITIES}))

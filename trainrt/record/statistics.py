@@ -325,6 +325,38 @@ def clipped_gradient_norm(gradient: Moments, scale: np.ndarray, steps: np.ndarra
     return gradient.norm_over(steps) * (scale / steps)
 
 
+@statistic(unit="gradient")
+def clipped_gradient_rms(gradient: Moments, scale: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Root mean square of the gradient after the clip. Exact in a window of one step, as `clipped_gradient_norm`.
+
+    >>> clipped_gradient_rms(Moments.of(np.array([5.0, -5.0]))[None], np.array([0.2]), np.array([1.0]))
+    array([1.])
+    """
+    return gradient.rms * (scale / steps)
+
+
+@statistic(unit="gradient")
+def clipped_gradient_mean(gradient: Moments, scale: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Mean of the gradient after the clip. Exact in a window of one step, as `clipped_gradient_norm`.
+
+    >>> clipped_gradient_mean(Moments.of(np.array([5.0, -1.0]))[None], np.array([0.5]), np.array([1.0]))
+    array([1.])
+    """
+    return gradient.mean * (scale / steps)
+
+
+@statistic(unit="gradient")
+def clipped_gradient_absmax(gradient: Moments, scale: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Largest magnitude of the gradient after the clip. Exact in a window of one step, as `clipped_gradient_norm`.
+
+    What is zero or not finite stays so under a clip: `gradient_zero_share` and `gradient_nonfinite_share` are of both.
+
+    >>> clipped_gradient_absmax(Moments.of(np.array([5.0, -1.0]))[None], np.array([0.2]), np.array([1.0]))
+    array([1.])
+    """
+    return gradient.absmax * (scale / steps)
+
+
 @statistic(unit="1")
 def unchanged_share(update: Moments) -> np.ndarray:
     """Share of the elements that a step left as they were.
@@ -343,6 +375,18 @@ def rounded_share(rounded: np.ndarray, update: Moments) -> np.ndarray:
     array([0.25])
     """
     return rounded / update.count
+
+
+@statistic(unit="1")
+def unpushed_share(rounded: np.ndarray, update: Moments) -> np.ndarray:
+    """Share of the elements that stayed as they were and whose gradient was zero: nothing pushed them.
+
+    With `rounded_share` it makes up `unchanged_share`.
+
+    >>> unpushed_share(np.array([1.0]), Moments.of(np.array([0.0, 0.0, 1e-9, 1.0]))[None])
+    array([0.25])
+    """
+    return (update.zeros - rounded) / update.count
 
 
 @statistic(unit="1")
