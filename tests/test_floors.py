@@ -26,7 +26,7 @@ FLOORS = (
     {"observer", "reference"},
     {"determinism", "position", "poison"},
     {"replicas"},
-    {"sinks", "step", "batches", "environment", "pace", "look", "timing", "telemetry", "retracing"},
+    {"sinks", "step", "batches", "environment", "pace", "stopping", "look", "timing", "telemetry", "retracing"},
     {"recorder", "arguments", "probe"},
     {"journal"},
     {"resume"},

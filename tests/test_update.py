@@ -102,6 +102,65 @@ def test_every_slot_is_paired_with_its_weight(kind, kernels, monkeypatch):
         assert seen == set(floating)
 
 
+class Lion(keras.optimizers.Optimizer):
+    """A user's own, whose slots have names of their own."""
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        self._drift, self._age = self.add_optimizer_variables(variables, ["drift", "age"])
+
+    def update_step(self, gradient, variable, learning_rate):
+        i = self._get_variable_index(variable)
+        self.assign(self._drift[i], 0.5 * self._drift[i] + 0.5 * gradient)
+        self.assign_add(self._age[i], keras.ops.ones_like(variable))
+        self.assign_sub(variable, keras.ops.cast(learning_rate, variable.dtype) * keras.ops.sign(self._drift[i]))
+
+
+@pytest.mark.parametrize("kernels", ["0", "1"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda o: o, lambda o: keras.optimizers.LossScaleOptimizer(o, initial_scale=4.0)],
+    ids=["bare", "in a loss scale"],
+)
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [(lambda: keras.optimizers.Adam(0.1), ("momentum", "velocity")), (lambda: Lion(0.1), ("drift", "age"))],
+    ids=["adam", "own"],
+)
+def test_slots_have_their_real_names_whoever_made_the_optimizer(make, names, wrap, kernels, monkeypatch):
+    monkeypatch.setenv("TRAINRT_NATIVE", kernels)
+    optimizer = make()
+    history = trainrt.fit(_model(wrap(optimizer)), *_data(), batch_size=16, verbose=0, shuffle=False)
+    run = history.run
+    assert run.roster.slots == names
+    slots = {v.path.rpartition("/")[2]: v.numpy() for v in optimizer.variables}
+    for slot in names:
+        for p, parameter in enumerate(run.roster.parameters):
+            _close(run.moments(slot)[-1, p], slots[f"{parameter.path.replace('/', '_')}_{slot}"])
+
+
+@pytest.mark.parametrize("kernels", ["0", "1"])
+def test_slots_of_several_optimizers_in_one_are_those_of_their_own_weights(kernels, monkeypatch):
+    monkeypatch.setenv("TRAINRT_NATIVE", kernels)
+    adam, sgd = keras.optimizers.Adam(0.1), keras.optimizers.SGD(0.1, momentum=0.9)
+    several = keras.optimizers.OptimizerMap(default_optimizer=sgd)
+    several[".*hidden/.*"] = adam
+    optimizer = keras.optimizers.MultiOptimizer(several)
+    run = trainrt.fit(_model(optimizer), *_data(), batch_size=16, verbose=0, shuffle=False).run
+    assert run.roster.slots == ("momentum", "velocity")
+    slots = {v.path.rpartition("/")[2]: v.numpy() for part in (adam, sgd) for v in part.variables}
+    for p, parameter in enumerate(run.roster.parameters):
+        for slot in ("momentum", "velocity"):
+            known = slots.get(f"{parameter.path.replace('/', '_')}_{slot}")
+            if known is None:
+                assert np.isnan(run.moments(slot)[-1, p].count)
+            else:
+                _close(run.moments(slot)[-1, p], known)
+    assert np.isnan(run["velocity_norm"]).any(axis=0).tolist() == ["hidden" not in path for path in run.roster.paths]
+
+
 def test_gradients_are_those_of_the_tape_and_the_loss_is_that_of_the_step():
     x, y = _data(16)
     model = _model(keras.optimizers.SGD(0.1))

@@ -157,9 +157,9 @@ class Journal(contextlib.AbstractContextManager):
         self._next_look = now + 100 * (now - begun)
         return new
 
-    def finished(self, stopped: bool) -> None:
-        """The training came to its end, or `model.stop_training` was set."""
-        self._end = {"how": "stopped" if stopped else "finished", "detail": ""}
+    def stopped(self, by: str) -> None:
+        """`model.stop_training` was set, as far as is known by whom."""
+        self._end = {"how": "stopped", "detail": by}
 
     def __exit__(self, kind, error, traceback) -> None:
         if kind is not None:

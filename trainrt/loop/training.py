@@ -30,7 +30,7 @@ from trainrt.endurance.poison import Guard
 from trainrt.endurance.resume import Keeper, Start
 from trainrt.endurance.signals import Signals
 from trainrt.looks.probe import Prober
-from trainrt.loop import arguments
+from trainrt.loop import arguments, stopping
 from trainrt.loop.arguments import Request
 from trainrt.loop.batches import Batches, Execution
 from trainrt.loop.journal import Journal, Resumed
@@ -282,7 +282,9 @@ class Training:
         """The training came to its end."""
         if self._lockstep is not None:
             self._tell_of_replicas(self._lockstep)
-        self.journal.finished(stopped=bool(self._model.stop_training))
+        if self._model.stop_training:
+            who = ["on_nonfinite or on_spike"] if self._halted else stopping.stoppers(self._callbacks.callbacks)
+            self.journal.stopped(" or ".join(who))
 
     def _overrun(self, iterator) -> None:
         """Runs Keras's own step once into the end of the data, as Keras does when it does not know where that is.

@@ -157,9 +157,7 @@ def described(value: Any, depth: int = 2) -> Any:
         return f"{type(value).__name__} {getattr(value.dtype, 'name', value.dtype)} {_listed(shape)}"
     if depth and isinstance(value, Mapping):
         items = list(value.items())[:64]
-        return {
-            str(k): "***" if _is_secret(str(k)) and isinstance(v, str) else described(v, depth - 1) for k, v in items
-        }
+        return {str(k): _hidden(str(k), v) or described(v, depth - 1) for k, v in items}
     if depth and isinstance(value, (list, tuple)) and len(value) <= 32:
         return [described(v, depth - 1) for v in value]
     if type(value).__module__ == "trainrt.clip":
@@ -185,6 +183,12 @@ def masked(command: Sequence[str]) -> list[str]:
             result.append(_clean(argument))
         next_is_secret = not equals and argument.startswith("-") and _is_secret(argument)
     return result
+
+
+def _hidden(name: str, value: Any) -> str | None:
+    """Three stars for the value of a name that stands before a secret; None: it is none."""
+    texts = value if isinstance(value, (list, tuple)) else (value,)
+    return "***" if _is_secret(name) and any(isinstance(text, str | bytes) for text in texts) else None
 
 
 def _is_secret(name: str) -> bool:
@@ -254,7 +258,8 @@ _KNOWN_FROM_ELSEWHERE = ("name", "trainable", "dtype", "batch_shape", "build_con
 
 def _config(layer: Any) -> dict[str, Any]:
     config = layer.get_config()
-    return {str(k): _short(v) for k, v in config.items() if k not in _KNOWN_FROM_ELSEWHERE and v is not None}
+    named = {str(k): v for k, v in config.items() if k not in _KNOWN_FROM_ELSEWHERE and v is not None}
+    return {name: _hidden(name, value) or _short(value) for name, value in named.items()}
 
 
 def _short(value: Any) -> Any:
