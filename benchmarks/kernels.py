@@ -8,6 +8,8 @@ Each row compares what runs side by side, in turn, and prints medians:
   fused    the gradient's moments, a global-norm clip from them, then one pass that clips, updates and measures
   plain    the fused update alone
   generic  `optimizer.apply`, and everything measured around it
+
+The gradient of `WORDS` is sparse: a thousand rows, some of them of the same index.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ import tensorflow as tf
 
 from trainrt.update import fused, generic, native
 
+WORDS = (5000, 64)
 MODELS = {
+    "embedding, 354 k": [WORDS, (64, 256), (64, 256), (256,), (64, 10), (10,)],
     "tiny, 26 k in 6": [(64, 128), (128,), (128, 128), (128,), (128, 10), (10,)],
     "1 M in 64": [(128, 128)] * 64,
     "4 M": [(1024, 1024)] * 4 + [(1024,)] * 4,
@@ -51,7 +55,12 @@ extern "C" void stream(float* a, float* b, float* c, long n, int threads) {
 
 def gradients_of(shapes, seed=0):
     rng = np.random.default_rng(seed)
-    return [tf.constant(rng.standard_normal(s).astype("float32") * 0.01) for s in shapes]
+
+    def drawn(shape):
+        return tf.constant(rng.standard_normal(shape).astype("float32") * 0.01)
+
+    indices = tf.constant(rng.integers(WORDS[0], size=1024))
+    return [tf.IndexedSlices(drawn((1024, WORDS[1])), indices, WORDS) if s == WORDS else drawn(s) for s in shapes]
 
 
 def setup(shapes, make):
@@ -97,7 +106,9 @@ def observed(shapes, make, clip=True):
     def body():
         measured = scale = None
         if clip:
-            measured, scale = native.measure_and_clip(gradients, "global_norm", 1.0)
+            pairs = zip(gradients, variables, strict=True)
+            rows = [native.Rows.of(g, v) if isinstance(g, tf.IndexedSlices) else g for g, v in pairs]
+            measured, scale = native.measure_and_clip(rows, "global_norm", 1.0)
         seen = update.apply(gradients, scale, True, measured)
         sink.assign(seen.joint[0, 0] + seen.cube[0, 0, 0])
 
@@ -110,7 +121,8 @@ def generic_apply(shapes, make):
     sink = tf.Variable(tf.zeros([], tf.float64))
 
     def body():
-        before = generic.Before(optimizer, variables, gradients, None, True, None, 1)
+        dense = [tf.convert_to_tensor(g) for g in gradients]
+        before = generic.Before(optimizer, variables, dense, None, True, None, 1)
         optimizer.apply(gradients, variables)
         seen = before.observe(None, None)
         sink.assign(seen.joint[0, 0] + seen.cube[0, 0, 0])
