@@ -64,6 +64,13 @@ def test_calls_come_to_last_about_as_long_as_they_should(step_s):
     assert abs(pace.steps - max(1, Pace.CALL_S / step_s)) <= 1
 
 
+def test_workers_that_settle_after_each_call_make_longer_ones():
+    pace = Pace(together=True)
+    for _ in range(20):
+        pace.took(pace.steps, pace.steps * 0.03)
+    assert abs(pace.steps * 0.03 - Pace.TOGETHER_S) <= 0.03
+
+
 def test_a_slow_call_shortens_the_next():
     pace = Pace()
     for _ in range(10):

@@ -82,7 +82,6 @@ class Training:
         self._given = given
         self._mode = mode
         self._preflight: dict[str, Any] | None = None
-        self._pace = Pace()
         self._request = request
         self._keeper = keeper
         self._epochs = epochs
@@ -101,6 +100,7 @@ class Training:
             self._lockstep.check(steps=batches.num_batches, epochs=given["epochs"], every=request.every)
         writes = self._lockstep is None or self._lockstep.seat.worker == 0
         together = self._lockstep is not None and self._lockstep.seat.workers > 1
+        self._pace = Pace(together)
         self.signals = Signals(keeper is not None or request.logdir is not None, together)
         resumed = None
         if keeper is not None and (begun := keeper.start()) is not None:
