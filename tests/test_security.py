@@ -60,15 +60,23 @@ def fit(epochs=1, **keywords):
     return trainrt.fit(model, x, x[:, :1], epochs=epochs, verbose=0, **keywords)
 
 
+class Unreachable(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch:
+            raise OSError("https://me:hunter2@host/data: no answer")
+
+
 def test_what_is_written_of_a_run_holds_no_secret(tmp_path, monkeypatch):
     secrets = ["--api-key", "hunter2", "--token=hunter2", "WANDB_API_KEY=hunter2", "s3://me:hunter2@bucket/data"]
     monkeypatch.setattr(sys, "argv", ["train.py", *secrets])
     for name in ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "HF_TOKEN", "DATABASE_URL"):
         monkeypatch.setenv(name, "hunter2")
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=gs://me:hunter2@bucket")
-    fit(logdir=tmp_path / "logs", checkpoint=tmp_path / "checkpoints")
+    with pytest.raises(OSError, match="hunter2"):
+        fit(2, logdir=tmp_path / "logs", checkpoint=tmp_path / "checkpoints", callbacks=[Unreachable()])
     run = trainrt.Run.open(tmp_path / "logs")
     assert "train.py" in run.environment["command"]
+    assert run.end["how"] == "exception"
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 1
     assert not [path for path in written if b"hunter2" in path.read_bytes()]

@@ -18,6 +18,7 @@ from trainrt.findings import Finding, diagnose
 from trainrt.findings.render import printable, render
 from trainrt.loop.recorder import Recorder
 from trainrt.passport.audit import Audit
+from trainrt.passport.environment import clean
 from trainrt.record.run import Run
 from trainrt.record.vocabulary import Epoch, Roster
 from trainrt.record.windows import BUDGET_BYTES
@@ -165,7 +166,7 @@ class Journal(contextlib.AbstractContextManager):
         if kind is not None:
             interrupted = issubclass(kind, (KeyboardInterrupt, Terminated))
             how = "interrupted" if interrupted else "exception"
-            self._end = {"how": how, "detail": str(error) if interrupted else f"{kind.__name__}: {error}"[:2000]}
+            self._end = {"how": how, "detail": str(error) if interrupted else clean(f"{kind.__name__}: {error}")}
         if self._recorder is None:
             self.open(None, dict)
         recorder = self._recorder

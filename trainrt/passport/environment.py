@@ -114,7 +114,7 @@ def passport(model: keras.Model, arguments: Mapping[str, Any]) -> dict[str, Any]
         "processor": processor,
         "cores": os.cpu_count,
         "versions": lambda: {name: _version(name) for name in PACKAGES},
-        "variables": lambda: {name: _clean(os.environ[name]) for name in VARIABLES if name in os.environ},
+        "variables": lambda: {name: clean(os.environ[name]) for name in VARIABLES if name in os.environ},
         "devices": lambda: [device(each) for each in tf.config.list_physical_devices()],
         "tensorflow": _tensorflow,
         "strategy": lambda: type(model.distribute_strategy).__name__,
@@ -145,7 +145,7 @@ def weights_digest(model: keras.Model) -> str | None:
 def described(value: Any, depth: int = 2) -> Any:
     """A JSON-able description: plain values as they are, arrays by shape, anything else by its type."""
     if isinstance(value, str):
-        return _clean(value)
+        return clean(value)
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, (bool, int, float)):
@@ -180,7 +180,7 @@ def masked(command: Sequence[str]) -> list[str]:
         elif equals and value and _is_secret(name):
             result.append(f"{name}=***")
         else:
-            result.append(_clean(argument))
+            result.append(clean(argument))
         next_is_secret = not equals and argument.startswith("-") and _is_secret(argument)
     return result
 
@@ -195,7 +195,7 @@ def _is_secret(name: str) -> bool:
     return bool(SECRET.search(name)) and "tokenizer" not in name.lower() and "num_tokens" not in name.lower()
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """A text without the user and password of an address, and not too long."""
     return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)[:_TEXT]
 
