@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 #include <vector>
 
 #include "elements.h"
@@ -44,7 +43,8 @@ struct Gathered {
 // Elements [begin, begin + size) of the dense gradient, each sum in the order of the rows, as TensorFlow adds them up.
 template <typename T>
 inline void gather(const Rows& rows, const T* values, T scale, int64_t begin, int size, const Gathered<T>& to) {
-  for (T* part : {to.sum, to.scaled, to.square})
+  T* const parts[] = {to.sum, to.scaled, to.square};
+  for (T* const part : parts)
     if (part) std::memset(static_cast<void*>(part), 0, size * sizeof(T));
   int64_t row = begin / rows.width, column = begin % rows.width;
   for (int done = 0; done < size; ++row, column = 0) {
