@@ -127,7 +127,7 @@ def steps_of(workload: Workload, seconds: float) -> int:
     steps = 8
     while True:
         x, y = workload.data(np.random.default_rng(0), workload.batch * steps)
-        model.fit(x, y, batch_size=workload.batch, verbose=0)  # the first time it is traced; and never slower than warm
+        model.fit(x, y, batch_size=workload.batch, verbose=0)  # traces the step, and fills the caches
         begun = time.perf_counter()
         model.fit(x, y, batch_size=workload.batch, verbose=0)
         took = time.perf_counter() - begun

@@ -56,7 +56,7 @@ def input_bound(run: Run) -> Iterator[Finding]:
     slowest = max(stages, key=lambda name: stages[name], default="")
     told = (
         f" The stage that takes most by itself is {slowest.rpartition('::')[2]}, {_ms(stages[slowest])} a step."
-        if (slowest)
+        if slowest
         else ""
     )
     yield about(
