@@ -73,15 +73,16 @@ def read(model: keras.Model, passport: bool, data, keywords) -> float:
         class_weight=None,
     )
     begun = time.process_time()
-    epoch = batches.epoch()
-    place = next(epoch)
-    count = batches.num_batches
-    if not hasattr(place.iterator, "order"):
-        _drain(place.iterator, tf.constant(count))
-    with contextlib.suppress(StopIteration):
-        epoch.send((count, False))
-    if passport:
-        audit.passport()
+    with audit:
+        epoch = batches.epoch()
+        place = next(epoch)
+        count = batches.num_batches
+        if not hasattr(place.iterator, "order"):
+            _drain(place.iterator, tf.constant(count))
+        with contextlib.suppress(StopIteration):
+            epoch.send((count, False))
+        if passport:
+            audit.passport()
     return time.process_time() - begun
 
 

