@@ -35,7 +35,7 @@ MEMORY, FRESH, WORST = 512, 32, 20
 """Steps whose median a straggler is measured by, after how many it is taken again, and how many stragglers are kept:
 the worst."""
 
-CLOCK_S, CLOCK_SHARE = 2.2e-6, 0.005
+CLOCK_S, CLOCK_SHARE = 2.1e-6, 0.005
 """What the clock takes of a step whose batch is waited for (`benchmarks/trace.py`), and what it may take of it."""
 
 SPARED_AFTER_S, ONE_IN = 20.0, 16

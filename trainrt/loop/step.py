@@ -304,7 +304,7 @@ class Step:
             if self._digest_every:
                 vectors = None if vectors is None else rows[:, : self._width]
                 digests = rows[:, self._width :]
-        return Outcome(ran, logs, vectors, digests, None if clock is None else np.stack(clock, axis=1)[:ran])
+        return Outcome(ran, logs, vectors, digests, None if clock is None else np.asarray(clock)[:ran])
 
     def _gathering(self, epoch: resident.Epoch, method, step):
         """A method compiled for batches of this size and shape."""
@@ -365,10 +365,8 @@ class Step:
         if clocked is None:
             clocked = self._clocked and _seconds(step.get_concrete_function(spec)) > CLOCKED_S
         step, observed, plain = self._callable(step), self._callable(self._observed), self._callable(self._plain)
-        rows = tf.TensorArray(tf.float64, size=steps if keeping else 0, element_shape=[self._row])
-
-        def stamps():
-            return tf.TensorArray(tf.float64, size=steps if clocked else 0, element_shape=[])
+        width = self._row + 2 * clocked
+        rows = tf.TensorArray(tf.float64, size=steps if keeping else 0, element_shape=[width])
 
         def due(every, ran):
             return tf.equal((first + tf.cast(ran, tf.int64)) % every, 0)
@@ -383,23 +381,22 @@ class Step:
                 return step(data)
             return tf.cond(due(self.every, ran), lambda: observed(data), lambda: plain(data))
 
-        def body(ran, more, logs, rows, clock):
+        def body(ran, more, logs, rows):
             keep = (logs, tf.zeros([self._row], tf.float64))
             more, ready, logs, row = one(ran, lambda data: train(data, ran), keep)
+            done = row
+            if clocked:  # behind the row: an array of their own would cost as much again
+                ready = tf.constant(0.0, tf.float64) if ready is None else ready
+                done = tf.concat([row, tf.stack([ready, _now_after(row)])], 0)
             if keeping:
-                rows = rows.write(ran, row)
-            if clocked:
-                clock = (
-                    clock[0] if ready is None else clock[0].write(ran, ready),
-                    clock[1].write(ran, _now_after(row)),
-                )
+                rows = rows.write(ran, done)
             ran += tf.cast(more, tf.int32)
             if self.guard:
                 with tf.control_dependencies([row]):
                     more = tf.logical_and(more, tf.logical_not(self.guard.halted))
-            return ran, more, logs, rows, clock
+            return ran, more, logs, rows
 
-        ran, _, logs, rows, clock = tf.while_loop(
+        ran, _, logs, rows = tf.while_loop(
             lambda ran, more, *_: tf.logical_and(ran < steps, more),
             body,
             (
@@ -407,17 +404,16 @@ class Step:
                 tf.constant(True),
                 keras.tree.map_structure(_empty, logs_spec),
                 rows,
-                (stamps(), stamps()),
             ),
             shape_invariants=(
                 tf.TensorShape([]),
                 tf.TensorShape([]),
                 keras.tree.map_structure(lambda tensor: tensor.shape, logs_spec),
                 tf.TensorShape(None),
-                (tf.TensorShape(None), tf.TensorShape(None)),
             ),
         )
-        return ran, logs, rows.stack(), tuple(each.stack() for each in clock) if clocked else None
+        rows = rows.stack()
+        return (ran, logs, rows[:, :-2], rows[:, -2:]) if clocked else (ran, logs, rows, None)
 
     def _callable(self, step):
         """What the loop calls: the compiled step, or its Python function where there are collectives in it.
@@ -443,7 +439,7 @@ class Step:
                 break
         if not rows:
             return Outcome(0, None, None)
-        stamps = [np.concatenate(each) for each in zip(*clocks, strict=True)] if clocks[0] is not None else None
+        stamps = None if clocks[0] is None else np.concatenate(clocks)
         return self._outcome(len(rows), logs, tf.concat(rows, 0), stamps)
 
     def _run_singly(self, iterator, first: int, steps: int, marked: bool) -> Outcome:
@@ -483,8 +479,7 @@ class Step:
             logs = replicas.results(self._model, logs)
         if not vectors or not (self.every or self._digest_every):
             return Outcome(len(vectors), logs, None)
-        stamps = [np.array(each) for each in zip(*clock, strict=True)]
-        return self._outcome(len(vectors), logs, tf.stack(vectors), stamps)
+        return self._outcome(len(vectors), logs, tf.stack(vectors), clock)
 
 
 def _function(python_function, **options):
