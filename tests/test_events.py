@@ -16,7 +16,7 @@ from tensorboard.compat.proto import event_pb2, types_pb2
 from tensorboard.data import provider
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from trainrt.record import events
+from trainrt.record import events, reading
 from trainrt.record.run import Run
 from trainrt.record.vocabulary import EARLIER_JOINTS, JOINT, MOMENTS, VERSION, Epoch, Moments, Record
 
@@ -50,7 +50,7 @@ FILE = b"".join(FRAMED)
 def read(path, data: bytes | None = None, **keywords):
     if data is not None:
         path.write_bytes(data)
-    reader = events.Reader(path, **keywords)
+    reader = reading.Reader(path, **keywords)
     return list(reader.read()), reader
 
 
@@ -71,7 +71,7 @@ def equal(stored, record: Record) -> bool:
 
 def windows_are_original(items) -> bool:
     firsts = {int(chunk.steps[0, 0]): chunk for chunk in CHUNKS}
-    return all(equal(item, firsts[int(item.steps[0, 0])]) for item in items if isinstance(item, events.StoredRecord))
+    return all(equal(item, firsts[int(item.steps[0, 0])]) for item in items if isinstance(item, reading.StoredRecord))
 
 
 # ------------------------------------------------------------------------------------------------------ round trips
@@ -80,16 +80,16 @@ def windows_are_original(items) -> bool:
 def test_what_is_written_reads_back(tmp_path):
     items, reader = read(tmp_path / "file", FILE)
     opening, *chunks_and_more = items
-    assert opening == events.Opening(ROSTER, {"host": "here", "size": 3})
-    chunks = [item for item in chunks_and_more if isinstance(item, events.StoredRecord)]
+    assert opening == reading.Opening(ROSTER, {"host": "here", "size": 3})
+    chunks = [item for item in chunks_and_more if isinstance(item, reading.StoredRecord)]
     assert len(chunks) == len(CHUNKS)
     assert windows_are_original(chunks)
     (epoch,) = [item for item in items if isinstance(item, Epoch)]
     assert (epoch.epoch, epoch.step, epoch.logs["loss"]) == (0, 3, 0.25)
     assert np.isnan(epoch.logs["val_loss"])
     assert items[-2:] == [
-        events.Findings(6, [{"rule": "stalled", "steps": [1, 2]}]),
-        events.End("finished", "after 1 epoch", 5.0),
+        reading.Findings(6, [{"rule": "stalled", "steps": [1, 2]}]),
+        reading.End("finished", "after 1 epoch", 5.0),
     ]
     assert (reader.offset, reader.pending, reader.problems) == (len(FILE), 0, [])
 
@@ -147,7 +147,7 @@ def test_frames_are_those_of_tensorboard():
 
 def test_a_slice_of_a_stored_chunk_is_that_of_its_record(tmp_path):
     items, _ = read(tmp_path / "file", FILE)
-    stored = next(item for item in items if isinstance(item, events.StoredRecord))
+    stored = next(item for item in items if isinstance(item, reading.StoredRecord))
     for windows in (slice(1, 3), slice(0, 1), slice(3, 3), slice(-2, None)):
         assert equal(stored[windows], CHUNKS[0][windows])
         assert equal(stored[windows].load(), CHUNKS[0][windows])
@@ -206,7 +206,7 @@ def test_a_damaged_event_is_skipped_and_the_rest_is_read(tmp_path):
     damaged = bytearray(FRAMED[2])
     damaged[40] ^= 1
     items, reader = read(tmp_path / "file", b"".join([*FRAMED[:2], damaged, *FRAMED[3:]]))
-    assert [len(item) for item in items if isinstance(item, events.StoredRecord)] == [1, 3]
+    assert [len(item) for item in items if isinstance(item, reading.StoredRecord)] == [1, 3]
     assert windows_are_original(items)
     assert (reader.skipped, len(reader.problems)) == (1, 1)
     assert f"Byte {len(FRAMED[0]) + len(FRAMED[1])}:" in reader.problems[0]
@@ -216,21 +216,21 @@ def test_a_damaged_length_ends_the_reading_and_says_what_is_lost(tmp_path):
     damaged = bytearray(FRAMED[4])
     damaged[0] ^= 1
     items, reader = read(tmp_path / "file", b"".join([*FRAMED[:4], damaged, *FRAMED[5:]]))
-    assert [len(item) for item in items if isinstance(item, events.StoredRecord)] == [3]
+    assert [len(item) for item in items if isinstance(item, reading.StoredRecord)] == [3]
     assert str(sum(map(len, FRAMED[4:]))) in reader.problems[0]
 
 
 @pytest.mark.parametrize("length", [1 << 40, (1 << 64) - 1])
 def test_a_length_beyond_the_file_is_awaited_and_not_allocated(tmp_path, length):
     head = length.to_bytes(8, "little")
-    checksum = events._masked(head).to_bytes(4, "little")
+    checksum = events.masked(head).to_bytes(4, "little")
     items, reader = read(tmp_path / "file", FRAMED[0] + FRAMED[1] + head + checksum + b"x" * 50)
     assert len(items) == 1
     assert reader.pending == 62
 
 
 def test_a_record_too_long_to_be_ours_is_passed_over_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(events, "MAX_RECORD_BYTES", 2000)
+    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", 2000)
     long = events.frame(events.encode_text(0, 0.0, "note", "x" * 3000))
     items, reader = read(tmp_path / "file", FRAMED[0] + FRAMED[1] + long + FRAMED[4])
     assert len(items) == 2
@@ -281,7 +281,7 @@ HOSTILE_CHUNKS = {
 def test_a_chunk_that_is_not_what_its_roster_says_is_skipped(tmp_path, name):
     hostile = events.frame(mutated(EVENTS[2], HOSTILE_CHUNKS[name]))
     items, reader = read(tmp_path / "file", FRAMED[0] + FRAMED[1] + hostile + FRAMED[4])
-    assert [len(item) for item in items if isinstance(item, events.StoredRecord)] == [1]
+    assert [len(item) for item in items if isinstance(item, reading.StoredRecord)] == [1]
     assert reader.skipped == 1
 
 
@@ -374,7 +374,7 @@ def test_a_file_cut_short_while_it_is_open_is_an_error_and_not_a_number(tmp_path
 def test_a_file_read_while_it_grows_gives_each_item_once(tmp_path_factory, cuts):
     path = tmp_path_factory.getbasetemp() / "growing"
     path.write_bytes(b"")
-    reader, items = events.Reader(path), []
+    reader, items = reading.Reader(path), []
     for start, stop in zip([0, *sorted(cuts)], [*sorted(cuts), len(FILE)], strict=True):
         with path.open("ab") as file:
             file.write(FILE[start:stop])
@@ -387,7 +387,7 @@ def test_a_file_read_while_it_grows_gives_each_item_once(tmp_path_factory, cuts)
 def test_a_reader_goes_on_where_another_stopped(tmp_path):
     _, first = read(tmp_path / "file", b"".join(FRAMED[:3]) + b"torn")
     items, second = read(tmp_path / "file", FILE, offset=first.offset, roster=first.roster)
-    assert [len(item) for item in items if isinstance(item, events.StoredRecord)] == [1, 3]
+    assert [len(item) for item in items if isinstance(item, reading.StoredRecord)] == [1, 3]
     assert windows_are_original(items)
     assert second.problems == []
 

@@ -11,7 +11,7 @@ import numpy as np
 from trainrt.record.vocabulary import JOINT, JOINT_EXTREMES, MOMENTS, Moments
 
 if TYPE_CHECKING:
-    from trainrt.record.events import StoredRecord
+    from trainrt.record.reading import StoredRecord
     from trainrt.record.vocabulary import Record
 
 MOMENTS_TOGETHER = (("count", "sumsq", "zeros", "nonfinite"), ("peak", "trough"), ("sum",), ("absmax",))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainrt.record import events
+from trainrt.record import events, reading
 from trainrt.record.vocabulary import Roster
 
 PATTERN = f"events.out.tfevents.*{events.SUFFIX}"
@@ -44,16 +44,16 @@ def continuation(path: Path) -> Path | None:
     return None
 
 
-def _opening(file: Path) -> events.Opening | None:
+def _opening(file: Path) -> reading.Opening | None:
     """The first of our events in a file; None: it is not there yet, or cannot be read."""
     try:
-        item = next(iter(events.Reader(file).read()), None)
+        item = next(iter(reading.Reader(file).read()), None)
     except (OSError, ValueError):
         return None
-    return item if isinstance(item, events.Opening) else None
+    return item if isinstance(item, reading.Opening) else None
 
 
-def resumed(opening: events.Opening) -> int | None:
+def resumed(opening: reading.Opening) -> int | None:
     """The step from which a run goes on; None: it begins there."""
     at = opening.environment.get("resumed")
     step = at.get("step") if isinstance(at, dict) else None

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from trainrt.record import event_files, events, statistics
+from trainrt.record import event_files, reading, statistics
 from trainrt.record.columns import Columns, RunMoments, Weights
 from trainrt.record.vocabulary import (
     JOINT,
@@ -87,8 +87,8 @@ class Run:
         self.end = None if end is None else dict(end)
         self.path = None if path is None else Path(path)
         self._problems = list(problems)
-        self._reader: events.Reader | None = None
-        self._chunks: list[Record | events.StoredRecord] = [] if record is None or not len(record) else [record]
+        self._reader: reading.Reader | None = None
+        self._chunks: list[Record | reading.StoredRecord] = [] if record is None or not len(record) else [record]
         # Of a narrowed or joined run: for each weight its indices along the P of the chunks. None: all, as they are.
         self._groups: list[np.ndarray] | None = None
         self._joined = False
@@ -142,7 +142,7 @@ class Run:
                 f"{str(logdir)!r}, a file of another name. Pass the logdir= that was given to trainrt.fit."
             )
         run = cls(Roster((), (), ()), path=path, problems=problems)
-        run._reader = events.Reader(path)
+        run._reader = reading.Reader(path)
         run.refresh()
         return run
 
@@ -156,7 +156,7 @@ class Run:
         before, chunks = len(self), list(self._chunks)
         try:
             for item in self._items():
-                if isinstance(item, events.StoredRecord):
+                if isinstance(item, reading.StoredRecord):
                     self._take_back(chunks, int(item.steps[0, 0]))
                     chunks.append(item)
                 elif isinstance(item, Epoch):
@@ -165,9 +165,9 @@ class Run:
                     self.documents.append(item)
                     if item.kind == CERTIFICATE:
                         self.environment[CERTIFICATE] = dict(item.content)
-                elif isinstance(item, events.Findings):
+                elif isinstance(item, reading.Findings):
                     self.recorded_findings += [f for f in item.findings if f not in self.recorded_findings]
-                elif isinstance(item, events.End):
+                elif isinstance(item, reading.End):
                     self.end = {k: v for k, v in dataclasses.asdict(item).items() if v is not None}
                 else:
                     self._open(item, chunks)
@@ -176,7 +176,7 @@ class Run:
             self._small.clear()
         return len(self) - before
 
-    def _items(self) -> Iterator[events.Item]:
+    def _items(self) -> Iterator[reading.Item]:
         """What has become readable, in the files of a run that went on after a death one after the other."""
         assert self._reader is not None
         while True:
@@ -184,9 +184,9 @@ class Run:
             if (continued := event_files.continuation(self._reader.path)) is None:
                 return
             self._problems += self._reader.damage
-            self._reader = events.Reader(continued)
+            self._reader = reading.Reader(continued)
 
-    def _open(self, opening: events.Opening, chunks: list) -> None:
+    def _open(self, opening: reading.Opening, chunks: list) -> None:
         resumed = event_files.resumed(opening)
         if resumed is None or not self.environment:
             self.roster, self.environment = opening.roster, opening.environment
