@@ -1,24 +1,87 @@
 // The ops and their CPU kernels: what `bind.h` found goes to `kernels.h`.
 #include "bind.h"
 
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
 #include <optional>
 
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
+#include "tsl/platform/denormal.h"
 
 namespace trainrt {
 namespace {
 
-// Work that one core does faster than it takes to wake another.
-constexpr int64_t kSerial = 65536;
+// Work that one core does faster than it takes to wake another, and work that takes much longer than to wake all.
+constexpr int64_t kSerial = 65536, kLong = 3 << 20;
+
+// Tasks for several threads. The one that has them begins at once, and others join as they wake: `ParallelFor` of
+// TensorFlow hands all of them over and sleeps, which took 70 us of a step of 500.
+class Tasks {
+ public:
+  Tasks(int64_t count, int threads, const Shard& shard) : count_(count), stretches_(2 * threads), shard_(&shard) {}
+
+  void join() {
+    if (enter()) work(), leave();
+  }
+
+  // Works too, and returns when all is done; who has not joined by then finds nothing.
+  void finish() {
+    {
+      const tsl::port::ScopedFlushDenormal as_the_others;
+      work();
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    over_ = true;
+    left_.wait(lock, [&] { return inside_ == 0; });
+  }
+
+ private:
+  bool enter() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    inside_ += !over_;
+    return !over_;
+  }
+
+  void leave() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (--inside_ == 0 && over_) left_.notify_one();
+  }
+
+  // Long stretches first, as memory likes them; then shorter ones, so that all are done at about the same time.
+  void work() {
+    for (int64_t begin = next_; begin < count_;) {
+      const int64_t end = begin + std::max<int64_t>(1, (count_ - begin) / stretches_);
+      if (!next_.compare_exchange_weak(begin, end)) continue;
+      (*shard_)(begin, end);
+      begin = next_;
+    }
+  }
+
+  const int64_t count_, stretches_;
+  const Shard* const shard_;  // of a thread that waits for who has joined
+  std::atomic<int64_t> next_{0};
+  std::mutex mutex_;
+  std::condition_variable left_;
+  int inside_ = 0;
+  bool over_ = false;
+};
 
 Parallel parallel_on(tf::OpKernelContext* context) {
   return [context](int64_t tasks, int64_t elements, const Shard& shard) {
     const auto* workers = context->device()->tensorflow_cpu_worker_threads();
     if (tasks <= 1 || elements <= kSerial || workers->num_threads <= 1) return shard(0, tasks);
-    using Params = tsl::thread::ThreadPool::SchedulingParams;
-    workers->workers->ParallelFor(
-        tasks, Params(tsl::thread::ThreadPool::SchedulingStrategy::kAdaptive, kChunk * 4, std::nullopt), shard);
+    if (elements > kLong) {  // there it is 3 % faster
+      using Params = tsl::thread::ThreadPool::SchedulingParams;
+      const Params params(tsl::thread::ThreadPool::SchedulingStrategy::kAdaptive, kChunk * 4, std::nullopt);
+      return workers->workers->ParallelFor(tasks, params, shard);
+    }
+    const auto shared = std::make_shared<Tasks>(tasks, workers->num_threads, shard);
+    const int64_t others = std::min<int64_t>(workers->num_threads, tasks) - 1;
+    for (int64_t i = 0; i < others; ++i) workers->workers->Schedule([shared] { shared->join(); });
+    shared->finish();
   };
 }
 
