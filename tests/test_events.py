@@ -99,6 +99,16 @@ values = st.tuples(magnitudes, st.sampled_from([-1.0, 1.0])).map(lambda pair: pa
 tensors = st.lists(values | st.sampled_from([np.nan, np.inf]), max_size=20).map(np.array)
 
 
+def test_scalars_of_many_steps_are_encoded_as_those_of_each():
+    values = {"train/loss": np.array([1.5, np.nan, 0.0]), "a": np.array([-np.inf, 3e38, 1e39])}
+    steps, wall_times = np.array([0, 5, 1 << 40]), np.array([0.0, 1.25, 1e9])
+    each = zip(steps.tolist(), wall_times.tolist(), range(3), strict=True)
+    assert list(events.encode_scalars_of(steps, wall_times, values)) == [
+        events.encode_scalars(step, wall_time, {tag: of[t] for tag, of in values.items()})
+        for step, wall_time, t in each
+    ]
+
+
 @given(st.lists(tensors | st.none(), min_size=1, max_size=4))
 def test_moments_come_back_to_two_in_ten_million(rows):
     unmeasured = np.full(len(MOMENTS), np.nan)

@@ -6,8 +6,6 @@ whose loss or gradient norm leaps above those before it, and the steps around it
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 
 from trainrt.record.vocabulary import JOINT, MOMENTS, SCALAR, Record, Roster
@@ -117,27 +115,45 @@ class _Spikes:
 
     def __init__(self, column: int):
         self._column = column
-        self._seen: deque[float] = deque(maxlen=HISTORY)
+        self._seen = np.zeros(0)
 
     def of(self, record: Record) -> np.ndarray:
         """[T] bool."""
         values = record.scalars[:, self._column, SCALAR.index("mean")]
         result = np.zeros(len(values), bool)
+        if not len(values) or self._all_is_well(values):
+            return result
         for at in range(0, len(values), _BLOCK):
             block = values[at : at + _BLOCK]
-            over = block > self._limit()
+            over = block > (_limits(self._seen) if len(self._seen) >= LEAST else np.inf)
             result[at : at + _BLOCK] = over
             accepted = block if 2 * over.sum() > len(block) else block[~over]
-            self._seen.extend(accepted[np.isfinite(accepted)])
+            self._seen = np.concatenate([self._seen, accepted[np.isfinite(accepted)]])[-HISTORY:]
         return result
 
-    def _limit(self) -> float:
-        if len(self._seen) < LEAST:
-            return np.inf
-        seen = np.array(self._seen)
-        median = np.median(seen)
-        spread = 1.4826 * np.median(np.abs(seen - median))
-        return float(median + SIGMAS * max(spread, 1e-3 * abs(median)))
+    def _all_is_well(self, values: np.ndarray) -> bool:
+        """Whether there is no spike, asked of all blocks at once; what was seen has gone on then."""
+        if len(self._seen) < HISTORY or len(values) <= _BLOCK or not np.isfinite(values).all():
+            return False
+        history = np.concatenate([self._seen, values])
+        before = np.lib.stride_tricks.sliding_window_view(history, HISTORY)[: len(values) : _BLOCK]
+        if (values > np.repeat(_limits(before), _BLOCK)[: len(values)]).any():
+            return False
+        self._seen = history[-HISTORY:]
+        return True
+
+
+def _limits(seen: np.ndarray) -> np.ndarray:
+    """What is a spike after the finite [..., n] values that were seen."""
+    median = _median(seen)
+    spread = 1.4826 * _median(np.abs(seen - median[..., None]))
+    return median + SIGMAS * np.maximum(spread, 1e-3 * np.abs(median))
+
+
+def _median(values: np.ndarray) -> np.ndarray:
+    """Along the last axis of finite values; NumPy's own takes ten times as long for so few."""
+    ordered, half = np.sort(values), values.shape[-1] // 2
+    return np.asarray(ordered[..., half - (1 - values.shape[-1] % 2) : half + 1].mean(-1))
 
 
 def _nonfinite(record: Record) -> np.ndarray:

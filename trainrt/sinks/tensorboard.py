@@ -88,8 +88,8 @@ class TensorBoard:
             self._put(events.encode_document(item))
         else:
             self._put(events.encode_record(item, self._roster))
-            for step, wall_time, scalars in dashboard(item, self._roster):
-                self._put(events.encode_scalars(step, wall_time, scalars))
+            for event in events.encode_scalars_of(item.steps[:, 0], item.wall_time, dashboard(item, self._roster)):
+                self._put(event)
             spread = _histogram(item[-1:], self._roster)
             if spread is not None:
                 self._put(spread)
@@ -111,8 +111,8 @@ class TensorBoard:
         self._writer.write(event)
 
 
-def dashboard(record: Record, roster: Roster):
-    """What stock TensorBoard shows of each window: (step, wall time, {tag: value}).
+def dashboard(record: Record, roster: Roster) -> dict[str, np.ndarray]:
+    """What stock TensorBoard shows of each window, tag -> [T].
 
     Tags: `train/loss` of the very step (not Keras's running mean), `train/learning_rate`, `train/steps_per_second`,
     `gradient/norm` over all weights before the clip, `gradient/norm_clipped`, `gradient/clip_share` (weights whose
@@ -134,8 +134,7 @@ def dashboard(record: Record, roster: Roster):
         for part in (*_PARTS, "loss_scale"):
             if part in column:
                 tags[f"train/{part}"] = column[part]
-    for t in range(len(record)):
-        yield int(record.steps[t, 0]), float(record.wall_time[t]), {tag: float(value[t]) for tag, value in tags.items()}
+    return tags
 
 
 def layout(roster: Roster) -> layout_pb2.Layout:
@@ -226,14 +225,14 @@ def _kernel_ratios(record: Record, roster: Roster) -> np.ndarray:
 
 
 def _log_update_ratio(record: Record, roster: Roster) -> dict[str, np.ndarray]:
-    ratio = _kernel_ratios(record, roster)
-    measured = ~np.isnan(ratio).all(1)
-    result = {}
-    for name, reduce in (("median", np.nanmedian), ("min", np.nanmin), ("max", np.nanmax)):
-        values = np.full(len(ratio), np.nan)
-        values[measured] = reduce(ratio[measured], axis=1)
-        result[f"update_ratio/log10_{name}"] = values
-    return result
+    ratio = np.sort(_kernel_ratios(record, roster))  # NaN last
+    rows, measured = np.arange(len(ratio)), (~np.isnan(ratio)).sum(1)
+    last = np.maximum(measured - 1, 0)
+    return {
+        "update_ratio/log10_median": (ratio[rows, last // 2] + ratio[rows, measured // 2]) / 2,
+        "update_ratio/log10_min": ratio[:, 0],
+        "update_ratio/log10_max": ratio[rows, last],
+    }
 
 
 def markdown(findings: Sequence[Mapping[str, Any]]) -> str:
