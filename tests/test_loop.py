@@ -1,7 +1,9 @@
 """fit keeps Keras's contract: the same hooks with the same logs, any data, and every bad input answered."""
 
+import gc
 import os
 import re
+import weakref
 
 import keras
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 import trainrt
+from trainrt.loop.resident import Resident
 from trainrt.record.vocabulary import Epoch, Record
 
 
@@ -181,6 +184,25 @@ def test_a_second_fit_goes_on_without_tracing_again():
     assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), reference.get_weights(), strict=True))
     trainrt.fit(model, *data(), verbose=0)
     assert len(traces) == count
+
+
+@pytest.mark.parametrize("observe", [True, False])
+def test_the_data_goes_with_the_fit(observe, monkeypatch):
+    kept = []
+    make = Resident.__init__
+
+    def noted(self, *arguments):
+        make(self, *arguments)
+        kept.append(weakref.ref(self))
+
+    monkeypatch.setattr(Resident, "__init__", noted)
+    model = make_model()
+    gc.disable()
+    try:
+        trainrt.fit(model, *data(), verbose=0, observe=observe)
+        assert [one() for one in kept] == [None]
+    finally:
+        gc.enable()
 
 
 def test_the_positional_order_is_that_of_keras():

@@ -377,7 +377,8 @@ def test_custom_train_steps_are_left_alone(often):
     assert history.run.document("model")["why"] == "the model has a train step of its own"
 
 
-def test_looks_stay_within_their_budget(monkeypatch):
+@pytest.mark.parametrize("known", [probe.Cost(), probe.Cost(1.0, 0.0, 1.0)], ids=["first fit", "later fit"])
+def test_looks_stay_within_their_budget(known, monkeypatch):
     """By a clock of our own: looks that cost 1 s each, in a run of 1 s a step."""
     x, y = data()
     model = compiled(dense)
@@ -395,13 +396,32 @@ def test_looks_stay_within_their_budget(monkeypatch):
     monkeypatch.setattr(probe, "take", dear)
     prober = probe.Prober(model, lambda: None, lambda: None, lambda *_: None, enabled=True)
     prober._sample = sample
+    prober.cost, practised = known, known.take is not None
     monkeypatch.setattr(prober, "_estimate", lambda: 0.0)
     for step in range(2000):
         prober.before(step)
         now[0] += 1.0
         prober.after(step + 1, 1)
+    prober.end(2000)
     looks_taken = next(clock)
-    assert 2 <= looks_taken <= 1 + probe.SHARE * 2000
+    assert 2 <= looks_taken <= (0 if practised else 2) + probe.SHARE * now[0]
+
+
+def test_a_later_fit_knows_what_a_look_costs(often):
+    x, y = data()
+    model = compiled(dense)
+    trainrt.fit(model, x, y, verbose=0)
+    _, _, known = model.train_function._trainrt
+    assert min(known.take, known.advance, known.last) > 0
+    trainrt.fit(model, x, y, verbose=0)
+    assert model.train_function._trainrt[2] is known
+
+
+def test_multiplications_of_attention_are_counted():
+    inputs = keras.Input((32, 64))
+    model = keras.Model(inputs, LAYERS.Dense(8)(LAYERS.MultiHeadAttention(4, 16)(inputs, inputs)))
+    projections, products, dense_layer = 32 * 4 * 64 * 64, 2 * 32 * 32 * 64, 32 * 64 * 8
+    assert probe._macs(forward.layers_of(model)) == pytest.approx(projections + products + dense_layer, rel=0.1)
 
 
 def test_rows_that_never_come_do_not_make_the_loop_run_a_step_a_call():

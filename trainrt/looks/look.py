@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -19,7 +19,8 @@ from trainrt.looks import anatomy, forward, reference
 from trainrt.looks.reference import Reference
 
 WEIGHTS_MOST = 1 << 23
-"""Largest number of trainable elements of which a gradient is taken: it and the update are held beside the weights."""
+"""Largest number of trainable elements of which a gradient is taken: it, and what the weights were before and after the
+step, are held beside the weights until they are described."""
 
 
 class Sample(NamedTuple):
@@ -53,6 +54,14 @@ class Look(NamedTuple):
     weights: list[tf.Tensor]
     seeds: list[tuple]
     reference: Reference | None
+
+
+class Advance(NamedTuple):
+    """What is held of the steps after a look: how many, the loss and the weights after them."""
+
+    steps: int
+    loss: tf.Tensor
+    weights: list[tf.Tensor]
 
 
 def take(model: keras.Model, sample: Sample, step: int, when: str, known: Reference | None) -> Look:
@@ -93,30 +102,15 @@ def take(model: keras.Model, sample: Sample, step: int, when: str, known: Refere
     return Look(step, when, errors, training, inference, batch, loss, gradients, regularizers, weights, seeds, known)
 
 
-def advance(model: keras.Model, sample: Sample, look: Look, steps: int) -> dict[str, tf.Tensor | int] | None:
+def advance(model: keras.Model, sample: Sample, look: Look, steps: int) -> Advance | None:
     """What a training step did to the loss of the kept batch."""
     if not look.weights or look.gradients is None:
         return None
-    products, squares, gradient_squares = [], [], []
-    for variable, before, gradient in zip(model.trainable_variables, look.weights, look.gradients, strict=True):
-        update = tf.cast(doors.raw(variable), tf.float32) - tf.cast(before, tf.float32)
-        squares.append(tf.reduce_sum(tf.square(update)))
-        if gradient is not None:
-            values, moved = _aligned(gradient, update)
-            products.append(tf.reduce_sum(values * moved))
-            gradient_squares.append(_square(gradient))
+    after = [tf.identity(doors.raw(v)) for v in model.trainable_variables]
     with forward.untouched(model, look.seeds) as scope:
-        outputs = forward.run(model, sample.x, training=True).outputs
-        after = _total(doors.data_loss(model, sample.y, outputs, sample.sample_weight), model, scope)
-    zero = [tf.zeros([])]
-    return {
-        "steps": steps,
-        "predicted": tf.add_n(products or zero),
-        "before": look.loss["total"],
-        "after": after,
-        "update": tf.add_n(squares),
-        "gradient": tf.add_n(gradient_squares or zero),
-    }
+        outputs = model(sample.x, training=True) if doors.knows_training(model) else model(sample.x)
+        loss = _total(doors.data_loss(model, sample.y, outputs, sample.sample_weight), model, scope)
+    return Advance(steps, loss, after)
 
 
 def _pass(model: keras.Model, sample: Sample, batch_statistics: bool) -> tuple[forward.Pass, tf.Tensor | None]:
@@ -181,7 +175,7 @@ def _aligned(gradient: Any, update: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.reshape(tf.cast(gradient, tf.float32), update.shape), update
 
 
-def content(look: Look, sample: Sample, paths: list[str], advanced: Mapping[str, Any] | None) -> dict[str, Any]:
+def content(look: Look, sample: Sample, paths: list[str], advanced: Advance | None) -> dict[str, Any]:
     """The content of a probe.
 
     Args:
@@ -200,7 +194,7 @@ def content(look: Look, sample: Sample, paths: list[str], advanced: Mapping[str,
         "accuracy": lambda: _accuracies(look, sample),
         "inference": lambda: _modes(look),
         "gradient": lambda: _gradient(look, paths),
-        "advance": lambda: _told_advance(advanced),
+        "advance": lambda: _told_advance(look, advanced),
     }
     for name, make in parts.items():
         result[name] = None
@@ -303,19 +297,27 @@ def _gradient(look: Look, paths: list[str]) -> dict[str, Any] | None:
     return result
 
 
-def _told_advance(advance: Mapping[str, Any] | None) -> dict[str, float] | None:
-    if advance is None:
+def _told_advance(look: Look, advanced: Advance | None) -> dict[str, float] | None:
+    if advanced is None:
         return None
-    before, after, predicted = (float(advance[name]) for name in ("before", "after", "predicted"))
-    update, gradient = math.sqrt(float(advance["update"])), math.sqrt(float(advance["gradient"]))
-    length = update * gradient
+    predicted = moved = steepness = 0.0
+    for after, before, gradient in zip(advanced.weights, look.weights, look.gradients or (), strict=True):
+        update = tf.cast(after, tf.float32) - tf.cast(before, tf.float32)
+        moved += float(tf.reduce_sum(tf.square(update)))
+        if gradient is not None:
+            values, along = _aligned(gradient, update)
+            predicted += float(tf.reduce_sum(values * along))
+            steepness += float(_square(gradient))
+    assert look.loss["total"] is not None, "there is no gradient without a loss"
+    was, now = float(look.loss["total"]), float(advanced.loss)
+    length = math.sqrt(moved) * math.sqrt(steepness)
     return {
-        "steps": advance["steps"],
+        "steps": advanced.steps,
         "predicted": predicted,
-        "actual": after - before,
-        "before": before,
-        "after": after,
-        "update_norm": update,
+        "actual": now - was,
+        "before": was,
+        "after": now,
+        "update_norm": math.sqrt(moved),
         "cosine": -predicted / length if length > 0 else 0.0,
     }
 

@@ -4,7 +4,8 @@ At a probe the model runs on a small batch that is kept for the whole run: rows 
 arrays, the first rows that went by otherwise. Nothing of the training changes (see `forward`): no weight, statistic,
 seed, metric or order. Probes are before the first step, then at about steps 20, 100, 400, 1600..., and after the last,
 as far as they cost less than `SHARE` of the training so far and a small allowance, so that a short run gets some; one
-that is too dear waits. What fails is told in the document, and the run goes on.
+that is too dear waits. In a fit of a model that is traced already, all of them together keep to that, the last one's
+share set aside. What fails is told in the document, and the run goes on.
 
 "model" is described in `anatomy`. Each probe is a document "probe" of its own (`run.documents`, oldest first). Floats
 that are not finite are the strings "nan", "inf" and "-inf". Its content:
@@ -45,6 +46,7 @@ that are not finite are the strings "nan", "inf" and "-inf". Its content:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -56,7 +58,7 @@ import tensorflow as tf
 
 from trainrt import doors
 from trainrt.looks import anatomy, forward
-from trainrt.looks.look import Look, Sample, advance, content, take
+from trainrt.looks.look import Advance, Look, Sample, advance, content, take
 from trainrt.looks.reference import Reference
 
 SHARE = 0.01
@@ -74,6 +76,31 @@ MACS = 4e7
 """Multiplications of a forward pass that a kept batch is cut to, down to `FEW_ROWS`."""
 
 
+@dataclasses.dataclass
+class Cost:
+    """The least that looks into a model have taken so far, in seconds; None: there was none yet.
+
+    Attributes:
+      take: With a gradient.
+      advance: What the step after it did.
+      last: After the last step, without a gradient.
+    """
+
+    take: float | None = None
+    advance: float | None = None
+    last: float | None = None
+
+    def note(self, part: str, seconds: float) -> bool:
+        """Takes note of what a part took; returns whether it is the first time."""
+        known = getattr(self, part)
+        setattr(self, part, seconds if known is None else min(known, seconds))
+        return known is None
+
+    @property
+    def whole(self) -> float:
+        return (self.take or 0.0) + (self.advance or 0.0)
+
+
 class Prober:
     """Decides when to look, looks, and hands over what it saw.
 
@@ -83,6 +110,9 @@ class Prober:
       first_rows: Returns the first rows of a pipeline that went by, or None.
       document: Writes a document, as `journal.document`.
       enabled: False: never looks.
+
+    Attributes:
+      cost: What a look takes. It holds for a later fit, too, as long as the model is the one that was traced.
     """
 
     def __init__(
@@ -103,8 +133,10 @@ class Prober:
         self._next = 0
         self._sample: Sample | None = None
         self._reference: Reference | None = None
-        self._cost: float | None = None  # of a look, as far as it is known
         self._size: tuple[float, float] | None = None  # seconds of Python, and multiplications a row
+        self.cost = Cost()
+        self._practised = False  # whether `cost` was known when this fit began
+        self._took = 0.0  # the look that was taken last
         self._first_cost = 0.0
         self._spent = 0.0
         self._pending: Look | None = None
@@ -124,7 +156,7 @@ class Prober:
         if not self._enabled or self._skipped or self._pending is not None:
             return
         if self._begun is None:
-            self._begun = time.monotonic()
+            self._begin()
             self._skipped = self._unfit()
         if step < self._next or self._skipped:
             return
@@ -149,7 +181,10 @@ class Prober:
             advanced = None
             with self._timed() as cost:
                 advanced = advance(self._model, self._sample, look, steps) if self._sample else None
-            cost[0] += self._cost or 0.0
+            if self.cost.note("advance", cost[0]):
+                self._first_cost += cost[0]
+                self.cost.note("advance", self.cost.take or 0.0)
+            cost[0] += self._took
             self._tell(look, advanced, cost)
 
     def end(self, step: int) -> None:
@@ -161,7 +196,8 @@ class Prober:
             reason = self._skipped
             self._document("probe", lambda: {"step": step, "when": "end", "skipped": reason})
             return
-        self._begun = self._begun or time.monotonic()
+        if self._begun is None:
+            self._begin()
         look = None
         with self._timed() as cost:
             sample = self._ready()
@@ -186,24 +222,32 @@ class Prober:
             return "layers of your own run eagerly, where one more call could change what they do next"
         return None
 
+    def _begin(self) -> None:
+        self._begun = time.monotonic()
+        self._practised = self.cost.take is not None
+
     def _affordable(self, when: str) -> bool:
         begun = time.monotonic() if self._begun is None else self._begun
         allowance = max(ALLOWANCE_S, PREPARED_SHARE * (begun - self._made))
         earned = SHARE * (time.monotonic() - begun)
-        if self._cost is None:
+        known, ends = self.cost, when == "end"
+        if known.take is None:
             return self._estimate() <= 2 * allowance + earned
-        if when == "end":
-            return self._cost <= allowance + earned
-        return self._spent - self._first_cost + self._cost <= allowance / 2 + earned
+        last = known.take if known.last is None else known.last
+        if self._practised:
+            return self._spent + last + (0.0 if ends else known.whole) <= allowance + earned
+        if ends:
+            return last <= allowance + earned
+        return self._spent - self._first_cost + known.whole <= allowance / 2 + earned
 
     def _estimate(self) -> float:
         """Seconds of a first look, roughly: Python's time for each layer, then arithmetic."""
         if self._size is None or not self._model.built:
             layers = forward.layers_of(self._model)
             steps = sum(max(_positions(layer), 1) for layer in layers if isinstance(layer, keras.layers.RNN))
-            self._size = 1e-3 * len(layers) + 4e-3 * steps, _macs(layers)
+            self._size = 3e-3 * len(layers) + 4e-3 * steps, _macs(layers)
         fixed, macs = self._size
-        return fixed + 6e-10 * (self._sample.rows if self._sample else FEW_ROWS) * macs
+        return fixed + 2e-10 * (self._sample.rows if self._sample else FEW_ROWS) * macs
 
     @contextlib.contextmanager
     def _timed(self):
@@ -237,12 +281,13 @@ class Prober:
         begun = time.monotonic()
         look = take(self._model, sample, step, when, self._reference)
         self._reference = look.reference
-        took = time.monotonic() - begun
-        if self._cost is None:
+        took = self._took = time.monotonic() - begun
+        if self.cost.take is None:
             self._first_cost = took
-            self._cost = min(took, max(took / 8, 2 * self._estimate()))
+            took = min(took, max(took / 8, self._estimate()))
+            self.cost.note("take", took)
         else:
-            self._cost = took
+            self.cost.note("last" if when == "end" else "take", took)
         return look
 
     # --------------------------------------------------------------------------------------------------------- telling
@@ -264,7 +309,7 @@ class Prober:
         targets = sample.y if sample is not None and look is not None else None
         self._document("model", lambda: anatomy.describe(model, targets, seen, unreached, why))
 
-    def _tell(self, look: Look, advanced: Mapping[str, Any] | None, cost: list[float]) -> None:
+    def _tell(self, look: Look, advanced: Advance | None, cost: list[float]) -> None:
         sample, spent = self._sample, self._spent
         paths = [v.path for v in self._model.trainable_variables]
         assert sample is not None, "there is no look without rows"
@@ -279,8 +324,10 @@ class Prober:
 
 def _spread(arrays: Any, samples: int, rows: int) -> Any:
     """Rows of arrays, drawn by a generator of our own so that no period of theirs meets one of ours."""
-    index = np.random.Generator(np.random.PCG64(0)).permutation(samples)[:rows] if samples < 1 << 22 else None
-    index = np.linspace(0, samples - 1, rows).astype(np.int64) if index is None else np.sort(index)
+    generator = np.random.Generator(np.random.PCG64(0))
+    few = samples <= 1 << 16  # of more a permutation takes milliseconds
+    index = generator.permutation(samples)[:rows] if few else generator.choice(samples, rows, replace=False)
+    index = np.sort(index)
     return keras.tree.map_structure(lambda a: None if a is None else tf.gather(a, index), arrays)
 
 
@@ -302,7 +349,8 @@ def _macs(layers: list) -> float:
     """Multiplications of a forward pass over one row, roughly: each kernel at each of the output's places."""
     total = 0.0
     for layer in layers:
-        if doors.layers_inside(layer) and not isinstance(layer, keras.layers.RNN):
+        attends = isinstance(layer, (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention))
+        if doors.layers_inside(layer) and not isinstance(layer, keras.layers.RNN) and not attends:
             continue
         size = sum(math.prod(v.shape) for v in layer.weights if len(v.shape) >= 2)
         if not size or isinstance(layer, keras.layers.Embedding):
@@ -312,5 +360,10 @@ def _macs(layers: list) -> float:
         except (AttributeError, ValueError):
             shape = []
         first = getattr(layer, "data_format", None) == "channels_first"
-        total += size * (math.prod(shape[1:] if first else shape[:-1]) if shape else 1)
+        places = (math.prod(shape[1:] if first else shape[:-1])) if shape else 1
+        total += size * places
+        if attends and shape:
+            total += (
+                2 * places**2 * shape[-1]
+            )  # of about as many channels: queries by keys, and their weights by values
     return total

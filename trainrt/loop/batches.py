@@ -53,7 +53,7 @@ class Batches:
         self._model = model
         self._watched = watched or Watched("unknown", None, enabled=False)
         self._steps_per_epoch = steps_per_epoch
-        self._adapter = doors.data_adapter(steps_per_epoch=steps_per_epoch, **data)
+        self._adapter: Any = doors.data_adapter(steps_per_epoch=steps_per_epoch, **data)
         self._keeps_position = keeps_position
         self._shown: Any = None  # arrays that Keras's pipeline reads in an order that it tells
         self._source: Any = self._resident() or self._in_order() or self._dataset()
@@ -109,6 +109,10 @@ class Batches:
     def uneven(self) -> bool:
         """Whether several replicas may be given shares of a batch that are not alike."""
         return doors.partial_batches(self._adapter, self._model.distribute_strategy.num_replicas_in_sync)
+
+    def close(self) -> None:
+        """Lets go of the data, of which nothing more is read."""
+        self._adapter = self._source = self._iterator = self._spent = self._shown = None
 
     def reset(self) -> None:
         self._iterator = None

@@ -186,7 +186,8 @@ def fit(
         )
     saving = keeper or contextlib.nullcontext()
     signals = training.signals
-    with watched, signals, training.journal, training.measuring(), training.tracing, saving, signals.answered():
+    held = contextlib.closing(training)
+    with held, watched, signals, training.journal, training.measuring(), training.tracing, saving, signals.answered():
         model.stop_training = False
         model.make_train_function()
         with clock.of("callbacks"):

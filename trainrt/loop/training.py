@@ -29,7 +29,7 @@ from trainrt.endurance import resume
 from trainrt.endurance.poison import Guard
 from trainrt.endurance.resume import Keeper, Start
 from trainrt.endurance.signals import Signals
-from trainrt.looks.probe import Prober
+from trainrt.looks.probe import Cost, Prober
 from trainrt.loop import arguments, stopping
 from trainrt.loop.arguments import Request
 from trainrt.loop.batches import Batches, Execution
@@ -150,6 +150,11 @@ class Training:
                 yield
         finally:
             self.time()
+
+    def close(self) -> None:
+        """Lets go of the data: the parts of a training refer to each other, and go when Python collects such cycles."""
+        self._batches.close()
+        self._given = {}
 
     def time(self, only_if_due: bool = False) -> None:
         """Tells where the time went so far."""
@@ -393,8 +398,8 @@ class Training:
             if self._given["verbose"] and native.status().pending:
                 print("trainrt: building its native kernels for this machine, once; about 10 s.", flush=True)
             step = Step(self._model, *key, Guard(self._model, *asked) if guarded else None, *more)
-            function._trainrt = ((key, asked, more), step)
-        step = function._trainrt[1]
+            function._trainrt = ((key, asked, more), step, Cost())
+        step, self.probe.cost = function._trainrt[1:]
         if step.guard:
             step.guard.reset()
         if step.origins:

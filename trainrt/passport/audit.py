@@ -232,11 +232,12 @@ class Watched:
         return Tap(dataset, indices, lambda number: survey.scheduled(number) | (number == size - 1), self._look)
 
     def close(self) -> None:
-        """Watches no more; what was seen stays."""
+        """Watches no more and lets go of the data; what was seen stays."""
         if self._tap is not None:
             self._settle()
             self._tap.close()
-            self._tap = None
+        self._arrays, self._kept = {}, []
+        self._first = self._awaited = self._tap = None
 
     def _settle(self) -> None:
         """Returns when all that went by has been seen."""
