@@ -67,7 +67,11 @@ SHARE = 0.01
 ALLOWANCE_S = 0.02
 PREPARED_SHARE = 0.1
 """The last look may always cost so many seconds, or this share of the time to the first step, which is that of tracing.
-Those between may cost half of it together, the first twice as much: it makes TensorFlow's eager kernels."""
+Those between may cost half of it together, the first twice as much: it makes TensorFlow's eager kernels. In a later fit
+of a model that is traced already all of them together may cost so much."""
+
+REPEATED_SHARE = 0.5
+"""What a look takes, of the first one: 0.4 for a transformer and a CNN, 0.65 for an LSTM."""
 
 FIRST, SECOND, GROWTH = 20, 100, 4
 ROWS = 256
@@ -90,11 +94,10 @@ class Cost:
     advance: float | None = None
     last: float | None = None
 
-    def note(self, part: str, seconds: float) -> bool:
-        """Takes note of what a part took; returns whether it is the first time."""
+    def note(self, part: str, seconds: float) -> None:
+        """Takes note of what a part took."""
         known = getattr(self, part)
         setattr(self, part, seconds if known is None else min(known, seconds))
-        return known is None
 
     @property
     def whole(self) -> float:
@@ -181,9 +184,10 @@ class Prober:
             advanced = None
             with self._timed() as cost:
                 advanced = advance(self._model, self._sample, look, steps) if self._sample else None
-            if self.cost.note("advance", cost[0]):
+            if self.cost.advance is None:
                 self._first_cost += cost[0]
-                self.cost.note("advance", self.cost.take or 0.0)
+                self.cost.advance = REPEATED_SHARE * cost[0]
+            self.cost.note("advance", cost[0])
             cost[0] += self._took
             self._tell(look, advanced, cost)
 
@@ -233,7 +237,7 @@ class Prober:
         known, ends = self.cost, when == "end"
         if known.take is None:
             return self._estimate() <= 2 * allowance + earned
-        last = known.take if known.last is None else known.last
+        last = known.take / 2 if known.last is None else known.last
         if self._practised:
             return self._spent + last + (0.0 if ends else known.whole) <= allowance + earned
         if ends:
@@ -284,8 +288,7 @@ class Prober:
         took = self._took = time.monotonic() - begun
         if self.cost.take is None:
             self._first_cost = took
-            took = min(took, max(took / 8, self._estimate()))
-            self.cost.note("take", took)
+            self.cost.take = REPEATED_SHARE * min(took, max(took / 4, self._estimate()))
         else:
             self.cost.note("last" if when == "end" else "take", took)
         return look
