@@ -27,7 +27,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from trainrt.update import fused, generic, native
+from trainrt.update import fused, generic, native, native_ops
 
 WORDS = (5000, 64)
 MODELS = {
@@ -107,8 +107,8 @@ def observed(shapes, make, clip=True):
         measured = scale = None
         if clip:
             pairs = zip(gradients, variables, strict=True)
-            rows = [native.Rows.of(g, v) if isinstance(g, tf.IndexedSlices) else g for g, v in pairs]
-            measured, scale = native.measure_and_clip(rows, "global_norm", 1.0)
+            rows = [native_ops.Rows.of(g, v) if isinstance(g, tf.IndexedSlices) else g for g, v in pairs]
+            measured, scale = native_ops.measure_and_clip(rows, "global_norm", 1.0)
         seen = update.apply(gradients, scale, True, measured)
         sink.assign(seen.joint[0, 0] + seen.cube[0, 0, 0])
 

@@ -10,19 +10,19 @@ import pytest
 import tensorflow as tf
 
 from trainrt import doctor, doors
-from trainrt.update import cuda, fused, native, parity
+from trainrt.update import cuda, fused, native, native_ops, parity
 
 needs_ops = pytest.mark.skipif(native.load() is None, reason=str(native.status().reason))
 
 LOADS = """
 from trainrt.update import cuda
-from trainrt.update import native
+from trainrt.update import native, native_ops
 library = cuda.build()
 import tensorflow as tf
 assert not tf.config.list_physical_devices("GPU")
 print(cuda.load())
 print(*cuda.status().registered)
-print(native.measure([[3.0, -4.0]]).numpy().tolist())
+print(native_ops.measure([[3.0, -4.0]]).numpy().tolist())
 """
 
 
@@ -169,14 +169,14 @@ def test_a_kernel_that_passes_its_trial_is_used(monkeypatch):
 @needs_ops
 def test_statistics_that_err_on_a_gpu_are_not_used(monkeypatch):
     on_a_gpu(monkeypatch)
-    measure = native.measure_and_clip
+    measure = native_ops.measure_and_clip
     calls = []
 
     def wrong(tensors, clip, threshold):
         calls.append(None)
         return tuple(x * (1 + 1e-4 * (len(calls) == 2)) for x in measure(tensors, clip, threshold))
 
-    monkeypatch.setattr(native, "measure_and_clip", wrong)
+    monkeypatch.setattr(native_ops, "measure_and_clip", wrong)
     with pytest.warns(RuntimeWarning, match=r"failed their trial \(statistics"):
         assert "moments are not those of the host" in parity.refusal(its_weights())
 

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from trainrt.record.vocabulary import DEVICE_MOMENTS, GRADIENT, JOINT, UPDATE, WEIGHT, Moments
-from trainrt.update import fused, matched, native
+from trainrt.update import fused, matched, native, native_ops
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason=str(native.status().reason))
 
@@ -445,7 +445,7 @@ def test_a_step_of_the_instance_s_own_is_refused():
 def test_every_rule_of_the_library_belongs_to_an_optimizer():
     used = {fused.RULES[p.values[0]](p.values[0](**p.values[1])).name for p in MAKERS}
     with pytest.raises(tf.errors.InvalidArgumentError) as caught:
-        native.update(
+        native_ops.update(
             rule="none", weights=[tf.Variable(0.0).handle], slots=[], gradients=[tf.zeros([])], factors=[], prepare=[],
             scalars=[], decay=[0], graph=True, observe=False,
             measured=None, scale=None, iterations=tf.constant(0, tf.int64), learning_rate=tf.constant(0.0, tf.float64),

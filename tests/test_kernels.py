@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainrt.record.vocabulary import DEVICE_MOMENTS, JOINT, SLOTS_EVERY, Moments
-from trainrt.update import adaptive, cuda, moments, native
+from trainrt.update import adaptive, cuda, moments, native, native_ops
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason=str(native.status().reason))
 
@@ -46,7 +46,7 @@ def tensor_of(values, dtype):
 def test_moments_are_those_of_float64_at_every_size(dtype):
     rng = np.random.default_rng(0)
     tensors = [tensor_of(rng.standard_normal(size) * 3 + 1, dtype) for size in SIZES]
-    rows = native.measure(tensors).numpy()
+    rows = native_ops.measure(tensors).numpy()
     for row, tensor in zip(rows, tensors, strict=True):
         check(row, tensor)
 
@@ -68,33 +68,33 @@ def test_moments_hold_over_the_whole_range_of_the_dtype(size, exponent, spread, 
     for what in (np.inf, -np.inf, np.nan)[:bad]:
         values[rng.integers(size)] = what
     tensor = tensor_of(values, dtype)
-    check(native.measure([tensor]).numpy()[0], tensor)
+    check(native_ops.measure([tensor]).numpy()[0], tensor)
 
 
 def test_moments_hold_where_tensorflow_flushes_subnormals():
     rng = np.random.default_rng(0)
     tensor = tf.constant((rng.standard_normal(5000) * 1e-41).astype("float32"))
-    check(tf.function(native.measure)([tensor]).numpy()[0], tensor)
+    check(tf.function(native_ops.measure)([tensor]).numpy()[0], tensor)
 
 
 def test_a_tensor_of_one_value_is_summed_as_well_as_any():
     for value in (0.1, 1 / 3, 1e-7, 12345.678):
         tensor = tf.fill([100_000], tf.constant(value, tf.float32))
-        check(native.measure([tensor]).numpy()[0], tensor)
+        check(native_ops.measure([tensor]).numpy()[0], tensor)
 
 
 def test_tensors_of_several_dtypes_are_measured_in_one_op():
     rng = np.random.default_rng(0)
     tensors = [tensor_of(rng.standard_normal(100 + i), dtype) for i, dtype in enumerate(DTYPES)]
-    graph = tf.function(native.measure).get_concrete_function(tensors).graph
+    graph = tf.function(native_ops.measure).get_concrete_function(tensors).graph
     assert [op.type for op in graph.get_operations()].count("TrainrtMeasure") == 1
-    for row, tensor in zip(native.measure(tensors).numpy(), tensors, strict=True):
+    for row, tensor in zip(native_ops.measure(tensors).numpy(), tensors, strict=True):
         check(row, tensor)
 
 
 def observe(before, after, gradients, **arguments):
     """What the kernels saw of an update: [P, 6] moments of it, and the joint sums of `moments.measure_update`."""
-    cube, joint = native.observe(before, after, gradients, **arguments)
+    cube, joint = native_ops.observe(before, after, gradients, **arguments)
     return cube[:, 1].numpy(), joint.numpy()[:, [JOINT.index("gradient_update"), JOINT.index("rounded")]]
 
 
@@ -154,7 +154,7 @@ def shared(gradients, momentums, seconds, division, kernels, every=1, iterations
     if kernels:
         arguments = {"table": rows, "momentum": first, "second": second, "every": every}
         count = tf.constant(iterations, tf.int64)
-        joint = native.observe(known, known, gradients, [momentums, seconds], iterations=count, **arguments)[1]
+        joint = native_ops.observe(known, known, gradients, [momentums, seconds], iterations=count, **arguments)[1]
         return joint.numpy()[:, JOINT.index("slot_steps") :]
     table = adaptive.Table({"momentum": momentums, "second": seconds}, rows, first, second)
     measured = moments.measure_adaptive(gradients, momentums, seconds, rows[:, :3])
@@ -230,19 +230,19 @@ def test_the_kernels_hold_slots_against_gradients_in_the_first_steps_and_in_ever
 
 def test_weights_of_different_sizes_are_refused():
     with pytest.raises(tf.errors.InvalidArgumentError, match="3 elements before and 4 after"):
-        native.observe([tf.zeros([3])], [tf.zeros([4])], [None])
+        native_ops.observe([tf.zeros([3])], [tf.zeros([4])], [None])
 
 
 THREADS = """
 import sys
 import numpy as np, tensorflow as tf
 tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
-from trainrt.update import native
+from trainrt.update import native, native_ops
 rng = np.random.default_rng(0)
 parts = (300_001, 0), (99, -30), (200_000, 9)
 x = [tf.constant((rng.standard_normal(n) * 10.0 ** k).astype("float32")) for n, k in parts]
-rows = native.measure(x)
-update, joint = native.observe(x, [a * 1.001 for a in x], x)
+rows = native_ops.measure(x)
+update, joint = native_ops.observe(x, [a * 1.001 for a in x], x)
 import keras
 from trainrt.update import fused
 weights = [keras.Variable(a) for a in x]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from trainrt.update import native
+from trainrt.update import native, native_ops
 
 FAKE = """#!{python}
 import sys, time
@@ -131,7 +131,7 @@ def test_without_a_compiler_one_line_says_what_is_lost_and_what_helps(cache, mon
     assert "Install g++" in reason
     assert "\n" not in reason
     with pytest.raises(RuntimeError, match="No C\\+\\+ compiler"):
-        native.measure([0.0])
+        native_ops.measure([0.0])
 
 
 def test_without_a_place_to_write_one_line_says_so(cache, tmp_path, monkeypatch):
@@ -219,8 +219,8 @@ def test_importing_compiles_nothing(cache, tmp_path):
 
 @pytest.mark.skipif(native._compiler() is None, reason="no C++ compiler")
 def test_the_real_library_builds_loads_and_measures(cache):
-    shows = "print(native.measure([[3.0, -4.0]]).numpy().tolist(), native.status().built)"
-    code = f"from trainrt.update import native; {shows}"
+    shows = "print(native_ops.measure([[3.0, -4.0]]).numpy().tolist(), native.status().built)"
+    code = f"from trainrt.update import native, native_ops; {shows}"
     for built in (True, False):
         done = subprocess.run(
             [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=dict(os.environ)

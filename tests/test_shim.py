@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainrt.update import fused, native, parity
+from trainrt.update import fused, native, native_ops, parity
 
 pytestmark = [
     pytest.mark.skipif(native.load() is None, reason=str(native.status().reason)),
@@ -131,14 +131,14 @@ def test_the_gpu_s_ops_look_on_as_the_cpu_s(shim):
         with context():
             after = [b * 0.9 for b in before]
             given = [None, *gradients[1:]]
-            measured, scale = native.measure_and_clip(gradients, "global_norm", 0.5)
+            measured, scale = native_ops.measure_and_clip(gradients, "global_norm", 0.5)
             table = tf.constant([[0.0, 1e-3, 1e-6, 0.01, 0.5, 0.1]] * len(SHAPES), tf.float64)
             count = len(SHAPES)
             roles = {"momentum": [-1, *[0] * (count - 1)], "second": [1] * count}
             return (
                 measured,
                 scale,
-                *native.observe(
+                *native_ops.observe(
                     before, after, given, [[None, *momentum[1:]], second], scale=scale, table=table, **roles
                 ),
             )

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from trainrt.record.vocabulary import DEVICE_MOMENTS, JOINT, Moments
-from trainrt.update import fused, native
+from trainrt.update import fused, native, native_ops
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason=str(native.status().reason))
 
@@ -96,10 +96,10 @@ def test_rows_are_measured_as_the_dense_tensor_that_they_stand_for():
     values = tf.constant(rng.standard_normal((3000, 70)), tf.float32)  # rows that end within blocks, and within chunks
     for indices, height in ((rng.integers(900, size=3000), 900), (rng.integers(-2, 40, size=3000), 6000)):
         dense = tf.math.unsorted_segment_sum(values, indices, height)
-        got = native.measure([native.Rows(values, tf.constant(indices, tf.int64), height), values])
-        np.testing.assert_array_equal(got, native.measure([dense, values]))
-    nothing = native.Rows(values[:0], tf.zeros([0], tf.int64), 5)
-    np.testing.assert_array_equal(native.measure([nothing]), [[350, 0, 0, 0, 350, 0]])
+        got = native_ops.measure([native_ops.Rows(values, tf.constant(indices, tf.int64), height), values])
+        np.testing.assert_array_equal(got, native_ops.measure([dense, values]))
+    nothing = native_ops.Rows(values[:0], tf.zeros([0], tf.int64), 5)
+    np.testing.assert_array_equal(native_ops.measure([nothing]), [[350, 0, 0, 0, 350, 0]])
 
 
 def test_no_rows_at_all_are_a_gradient_of_zeros():

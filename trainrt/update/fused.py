@@ -49,7 +49,7 @@ from keras import ops
 
 from trainrt import clip, doors
 from trainrt.record import vocabulary as record
-from trainrt.update import adaptive, cuda, matched, native, parity, sparse
+from trainrt.update import adaptive, cuda, matched, native, native_ops, parity, sparse
 
 DECAY_NONE, DECAY_MERGED, DECAY_IN_TURN = range(3)
 """As `Decay` in `kernels/kernels.h`."""
@@ -406,7 +406,7 @@ class Fused:
         weights = [self.variables[i] for i in index]
         missing = tf.zeros([0], dtype)
         pairs = [(gradients[i], self.variables[i]) for i in index]
-        present = [native.Rows.of(g, v) if isinstance(g, tf.IndexedSlices) else g for g, v in pairs]
+        present = [native_ops.Rows.of(g, v) if isinstance(g, tf.IndexedSlices) else g for g, v in pairs]
         if len(index) < len(self.variables):
             scale = None if scale is None else tf.gather(scale, index)
             measured = None if measured is None else tf.gather(measured, index)
@@ -429,7 +429,7 @@ class Fused:
         iterations, rate64, every = step
         names = list(rule.slots)
         divides, second = adaptive.kind(optimizer) or ("", None)
-        return native.update(
+        return native_ops.update(
             rule=rule.name,
             weights=[_raw(v).handle for v in weights],
             slots=[_raw(s).handle for s in slots],

@@ -1,7 +1,7 @@
 """Measures what an optimizer's own `apply` did, from outside: right for any optimizer, and without one second look.
 
-The native kernels read weights before and after, gradients and slots in one op (`native.observe`). Without them, and
-for dtypes that they do not know, TensorFlow's own ops come to the same.
+The native kernels read weights before and after, gradients and slots in one op (`native_ops.observe`). Without them,
+and for dtypes that they do not know, TensorFlow's own ops come to the same.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from trainrt import doors
 from trainrt.record.vocabulary import GRADIENT, JOINT, UPDATE, WEIGHT
-from trainrt.update import adaptive, moments, native
+from trainrt.update import adaptive, moments, native_ops
 from trainrt.update.fused import Observation
 from trainrt.update.moments import NATIVE_DTYPES
 
@@ -66,7 +66,7 @@ class Before:
                 if measured is None:
                     measured = moments.unscale(moments.measure(self._gradients, True), self._loss_scale)
                 scale = own_clip(measured)
-            cube, joint = native.observe(
+            cube, joint = native_ops.observe(
                 self._values,
                 after,
                 self._gradients,

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from trainrt import clip
 from trainrt.record.vocabulary import DEVICE_MOMENTS
-from trainrt.update import native
+from trainrt.update import native_ops
 
 NATIVE_DTYPES = (tf.float32, tf.float64, tf.bfloat16, tf.float16)
 
@@ -40,7 +40,7 @@ def measure(tensors: Sequence[tf.Tensor | None], kernels: bool = False) -> tf.Te
         return _unmeasured(len(tensors), len(DEVICE_MOMENTS))
     kept, known = list(present), list(present.values())
     native_rows = kernels and all(t.dtype in NATIVE_DTYPES for t in known)
-    rows = native.measure(known) if native_rows else _Rows.of(known).moments()
+    rows = native_ops.measure(known) if native_rows else _Rows.of(known).moments()
     return _spread(rows, kept, len(tensors))
 
 
@@ -51,7 +51,7 @@ def measure_and_clip(
     known = [g for g in gradients if g is not None and g.dtype in NATIVE_DTYPES]
     plain = loss_scale is None and len(known) == len(gradients) > 0
     if kernels and plain and isinstance(how, clip.Known) and type(how) in clip.KNOWN:
-        return native.measure_and_clip(known, how.native, how.threshold)
+        return native_ops.measure_and_clip(known, how.native, how.threshold)
     measured = unscale(measure(gradients, kernels), loss_scale)
     return measured, _scales(how, measured, len(gradients))
 

@@ -32,7 +32,7 @@ from trainrt.record.vocabulary import (
     Roster,
     unique,
 )
-from trainrt.update import fused, generic, moments, native, parity, taps
+from trainrt.update import fused, generic, moments, native_ops, parity, taps
 from trainrt.update.origin import Origins
 
 LOSS_SCALARS = ("loss", "data_loss", "added_loss", "regularization_loss")
@@ -302,10 +302,10 @@ def _summed(gradient, variable):
     return tf.math.unsorted_segment_sum(gradient.values, gradient.indices, variable.shape[0])
 
 
-def _dense(gradient, variable, rows: bool) -> tf.Tensor | native.Rows | None:
+def _dense(gradient, variable, rows: bool) -> tf.Tensor | native_ops.Rows | None:
     """The gradient as a dense tensor of the weight's shape, or the `rows` of a sparse one that stand for it."""
     if rows and isinstance(gradient, tf.IndexedSlices):
-        return native.Rows.of(gradient, variable)
+        return native_ops.Rows.of(gradient, variable)
     gradient = taps.tap(_summed(gradient, variable))
     return gradient if gradient is None or gradient.shape == variable.shape else tf.reshape(gradient, variable.shape)
 

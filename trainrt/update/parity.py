@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from trainrt import doors
 from trainrt.record.vocabulary import DEVICE_MOMENTS, JOINT, Moments
-from trainrt.update import cuda, native
+from trainrt.update import cuda, native_ops
 
 SHAPES = ((), (3,), (33,), (7, 5), (1031,), (130, 129))
 STEPS = 3
@@ -85,8 +85,8 @@ def statistics_complaint(device: str) -> str | None:
             with tf.device(place):
                 before, gradients, momentum, second = ([tf.constant(x) for x in draw] for draw in draws)
                 after = [w - 0.01 * g for w, g in zip(before, gradients, strict=True)]
-                measured, scale = native.measure_and_clip(gradients, "global_norm", 0.5)
-                cube, joint = native.observe(
+                measured, scale = native_ops.measure_and_clip(gradients, "global_norm", 0.5)
+                cube, joint = native_ops.observe(
                     before, after, gradients, [momentum, second], measured=None, scale=scale,
                     table=tf.constant(rows, tf.float64), momentum=[0] * len(SHAPES), second=[1] * len(SHAPES),
                 )  # fmt: skip

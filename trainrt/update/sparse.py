@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from trainrt import clip, doors
-from trainrt.update import adaptive, native
+from trainrt.update import adaptive, native_ops
 
 
 def refusal(optimizer, gradient, variable) -> str | None:
@@ -78,9 +78,9 @@ def apply(
     slots = [[None if s is None else tf.identity(doors.raw(s)) for s in row] for row in table.slots.values()]
     own = clip.own(optimizer)
     if scale is None and own is not None:
-        measured = native.measure(full) if measured is None else measured
+        measured = native_ops.measure(full) if measured is None else measured
         scale = own(measured)
-    cube, joint = native.observe(
+    cube, joint = native_ops.observe(
         before, after, full, slots, measured=measured, scale=scale, table=table.rows, iterations=iterations,
         momentum=table.momentum, second=table.second, every=every,
     )  # fmt: skip
