@@ -237,7 +237,7 @@ class Prober:
         known, ends = self.cost, when == "end"
         if known.take is None:
             return self._estimate() <= 2 * allowance + earned
-        last = known.take / 2 if known.last is None else known.last
+        last = known.take / 2 if known.last is None else min(known.last, known.take)
         if self._practised:
             return self._spent + last + (0.0 if ends else known.whole) <= allowance + earned
         if ends:
