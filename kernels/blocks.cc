@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <utility>
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
@@ -19,47 +20,52 @@ inline Floats load(const float* p) {
   Floats v;
   memcpy(&v, p, sizeof v);
 #if defined(__AVX__)
-  asm("" : "+x"(v));  // or the compiler loads it again for every use, and loads are what bounds the loop
+  asm("" : "+v"(v));  // or the compiler loads it again for every use, and loads are what bounds the loop
 #endif
   return v;
 }
 
 inline Ints magnitudes(Floats v) { return reinterpret_cast<Ints>(v) & 0x7fffffff; }
 
-// Folds the lanes of a vector by halves.
-template <typename Lane, int kCount, typename Fold>
-inline __attribute__((always_inline)) Lane across(const void* lanes, Fold fold) {
-  if constexpr (kCount == 4) {
-    Lane l[4];
-    memcpy(l, lanes, sizeof l);
-    return fold(fold(l[0], l[2]), fold(l[1], l[3]));
-  } else {
-    typedef Lane Half __attribute__((vector_size(sizeof(Lane) * kCount / 2)));
-    Half low, high;
-    memcpy(&low, lanes, sizeof low);
-    memcpy(&high, static_cast<const char*>(lanes) + sizeof low, sizeof high);
-    const Half half = fold(low, high);
-    return across<Lane, kCount / 2>(&half, fold);
-  }
-}
-
-// Counts the lanes that are zero.
-struct ZeroCount {
-  Ints lanes = {};
-  void add(Ints v) { lanes -= v == 0; }  // a true lane is -1
-  int64_t total() const {
-    return across<int32_t, kWidth>(&lanes, [](auto a, auto b) { return a + b; });
+// Folds the lanes of a vector by halves, which are taken lane by lane: a vector whose parts were addressed in memory
+// would have to live there.
+template <typename Lane, int kCount = kWidth>
+struct Across {
+  typedef Lane Whole __attribute__((vector_size(sizeof(Lane) * kCount)));
+  typedef Lane Half __attribute__((vector_size(sizeof(Lane) * kCount / 2)));
+  template <typename Fold, int... i>
+  static inline __attribute__((always_inline)) Lane of(Whole v, Fold fold, std::integer_sequence<int, i...>) {
+    const Half half = fold(Half{v[i]...}, Half{v[i + kCount / 2]...});
+    if constexpr (kCount == 4) return fold(half[0], half[1]);
+    else return Across<Lane, kCount / 2>::of(half, fold, std::make_integer_sequence<int, kCount / 4>());
   }
 };
 
+template <typename Lane, typename Vector, typename Fold>
+inline __attribute__((always_inline)) Lane across(Vector v, Fold fold) {
+  return Across<Lane>::of(v, fold, std::make_integer_sequence<int, kWidth / 2>());
+}
+
+inline __attribute__((always_inline)) int32_t any(Ints v) {
+  return across<int32_t>(v, [](auto a, auto b) { return a | b; });
+}
+
 inline __attribute__((always_inline)) int32_t largest(Ints v) {
-  return across<int32_t, kWidth>(&v, [](auto a, auto b) { return a > b ? a : b; });
+  return across<int32_t>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 inline __attribute__((always_inline)) float roughly_total(const Floats* sets) {
   Floats v = sets[0];
   for (int j = 1; j < kSets; ++j) v += sets[j];
-  return across<float, kWidth>(&v, [](auto a, auto b) { return a + b; });
+  return across<float>(v, [](auto a, auto b) { return a + b; });
+}
+
+// How many of a whole number of vectors' lanes are zero.
+template <typename At>
+inline int64_t count_zeros(int size, At at) {
+  Ints zeros = {};
+  for (int i = 0; i < size; i += kWidth) zeros -= at(i) == 0;  // a true lane is -1
+  return across<int32_t>(zeros, [](auto a, auto b) { return a + b; });
 }
 
 // Whether products of these gradients fit float32: their sum is neither infinite nor so small that underflow would show,
@@ -67,19 +73,58 @@ inline __attribute__((always_inline)) float roughly_total(const Floats* sets) {
 inline __attribute__((always_inline)) bool fits(float product, const float* gradient, int size) {
   if (__builtin_expect((product >= 0x1p-90f || product <= -0x1p-90f) && product - product == 0, 1)) return true;
   if (product != 0) return false;
-  Ints any = {};
-  for (int i = 0; i < size; i += kWidth) any |= magnitudes(load(gradient + i));
-  return largest(any) == 0;
+  Ints bits = {};
+  for (int i = 0; i < size; i += kWidth) bits |= magnitudes(load(gradient + i));
+  return any(bits) == 0;
 }
+
+// Sums of one set of lanes.
+struct Set {
+  Floats sum = {}, squares = {};
+};
+
+// Bits of the largest and the smallest magnitude in the lanes of all sets.
+struct Range {
+  Ints top = {}, low = Ints{} + 0x7fffffff;
+};
+
+inline __attribute__((always_inline)) void fold(Floats v, Ints magnitude, Set& into, Range& range) {
+  range.top = range.top > magnitude ? range.top : magnitude;
+  range.low = range.low < magnitude ? range.low : magnitude;
+  into.sum += v;
+  into.squares += v * v;
+}
+
+inline __attribute__((always_inline)) bool has_zero(const Range& range) { return any(range.low == 0); }
+
+// Bits of the smallest magnitude whose square fits float32 at a scale, and of the first one whose does not.
+struct Limits {
+  int low, high;
+  explicit Limits(float scale) {
+    const int shift = static_cast<int>(bits_of(scale) >> 23) - 127, last = kHigh + 1 - shift;
+    low = (kLow - shift) * (1 << 23);
+    high = (last < 255 ? last : 255) * (1 << 23);
+  }
+  // Whether nothing needs a closer look: all lanes are within the limits, and no magnitude is zero.
+  inline __attribute__((always_inline)) bool hold(const Range& r) const {
+    return !any((r.top < low) | (r.top >= high) | (r.low == 0));
+  }
+};
 
 }  // namespace
 
-inline __attribute__((always_inline)) void Lanes::add(const Floats* sets, double factor) {
+struct Sums {
+  Set set[kSets];
+  Range range;
+};
+
+template <typename SetOf>
+inline __attribute__((always_inline)) void Lanes::add(SetOf set_of, double factor) {
   typedef double Doubles __attribute__((vector_size(8 * kWidth)));
   for (int j = 0; j < kHalf; ++j) {
     Doubles sum;
     memcpy(&sum, lane + j * kWidth, sizeof sum);
-    sum += __builtin_convertvector(sets[j] + sets[j + kHalf], Doubles) * factor;
+    sum += __builtin_convertvector(set_of(j) + set_of(j + kHalf), Doubles) * factor;
     memcpy(lane + j * kWidth, &sum, sizeof sum);
   }
 }
@@ -90,39 +135,34 @@ double Lanes::total() const {
   return sum;
 }
 
-// Takes one block's lanes. False, with nothing folded, if they do not fit float32 at this scale: `seen_` says why.
-inline __attribute__((always_inline)) bool BlockFold::accept(Ints top, const Floats* sum, const Floats* sumsq,
-                                                             int64_t zeros, float scale) {
-  seen_ = largest(top);
-  const int exponent = (seen_ >> 23) + static_cast<int>(bits_of(scale) >> 23) - 127;
-  if (seen_ != 0 && (exponent < kLow || exponent > kHigh || seen_ >= 0x7f800000)) return false;
-  zero_count_ += zeros;
-  absmax_ = seen_ > absmax_ ? seen_ : absmax_;
+// Takes the sums of one block, a whole number of strides. False, with nothing folded, if they do not fit float32 at
+// this scale: `seen_` says why.
+inline __attribute__((always_inline)) bool BlockFold::take(const Sums& sums, const float* x, int size, float scale) {
+  const Limits limits(scale);
+  if (__builtin_expect(!limits.hold(sums.range), 0)) {
+    seen_ = largest(sums.range.top);
+    if (seen_ != 0 && (seen_ < limits.low || seen_ >= limits.high)) return false;
+    if (has_zero(sums.range)) zero_count_ += count_zeros(size, [&](int i) { return magnitudes(load(x + i)); });
+  }
+  top_ = top_ > sums.range.top ? top_ : sums.range.top;
   const double back = scale == 1.0f ? 1.0 : 1.0 / static_cast<double>(scale);
-  sum_.add(sum, back);
-  sumsq_.add(sumsq, back * back);
+  sum_.add([&](int j) { return sums.set[j].sum; }, back);
+  sumsq_.add([&](int j) { return sums.set[j].squares; }, back * back);
   return true;
 }
 
 template <bool kScaled>
 inline __attribute__((always_inline)) bool BlockFold::sum_block(const float* x, int size, const float* ahead) {
-  Floats s[kSets] = {}, q[kSets] = {};
-  Ints top = {};
-  ZeroCount zeros;
+  Sums sums;
   const Floats factor = scale_ - Floats{};
   for (int i = 0; i < size; i += kLanes) {
     for (int j = 0; j < kSets; ++j) {
       if (j * kWidth % 16 == 0) __builtin_prefetch(ahead + i + j * kWidth, 0, 1);
-      Floats v = load(x + i + j * kWidth);
-      const Ints magnitude = magnitudes(v);
-      top = top > magnitude ? top : magnitude;
-      zeros.add(magnitude);
-      if (kScaled) v *= factor;
-      s[j] += v;
-      q[j] += v * v;
+      const Floats v = load(x + i + j * kWidth);
+      fold(kScaled ? v * factor : v, magnitudes(v), sums.set[j], sums.range);
     }
   }
-  return accept(top, s, q, zeros.total(), kScaled ? scale_ : 1.0f);
+  return take(sums, x, size, kScaled ? scale_ : 1.0f);
 }
 
 void BlockFold::add(const float* x, int size, const float* ahead) {
@@ -177,51 +217,99 @@ Moments BlockFold::moments() const {
   m.count = count_;
   m.sum += sum_.total();
   m.sumsq += sumsq_.total();
-  const double absmax = exact(float_of(static_cast<uint32_t>(absmax_)));
+  const double absmax = exact(float_of(static_cast<uint32_t>(largest(top_))));
   m.absmax = absmax > m.absmax ? absmax : m.absmax;
   m.zeros += zero_count_;
   return m;
 }
 
-void MotionFold::add(const float* gradient, const float* before, const float* after, int size) {
-  if (__builtin_expect(size % kLanes == 0 && update_.scale_ == 1.0f, 1)) {
-    Floats s[kSets] = {}, q[kSets] = {}, p[kSets] = {};
-    Ints top = {};
-    ZeroCount zeros, both;
-    for (int i = 0; i < size; i += kLanes) {
-      for (int j = 0; j < kSets; ++j) {
-        const int at = i + j * kWidth;
-        if (j * kWidth % 16 == 0) __builtin_prefetch(gradient + kAhead + at, 0, 1);
-        const Floats g = load(gradient + at), u = load(after + at) - load(before + at);
-        const Ints magnitude = magnitudes(u);
-        top = top > magnitude ? top : magnitude;
-        zeros.add(magnitude);
-        both.add(magnitude | magnitudes(g));
-        s[j] += u;
-        q[j] += u * u;
-        p[j] += g * u;
-      }
-    }
-    const int64_t still = zeros.total();
-    if (__builtin_expect(fits(roughly_total(p), gradient, size), 1) && update_.accept(top, s, q, still, 1.0f)) {
-      update_.count_ += size;
-      product_.add(p, 1.0);
-      rounded_ += still - both.total();
-      return;
-    }
+void StepFold::add(const float* gradient, bool known, const float* before, const float* after, int size) {
+  alignas(64) float padded[3][kBlock];
+  if (__builtin_expect(!gradient, 0)) {
+    for (int i = 0; i < size; ++i) padded[0][i] = after[i] - before[i];
+    return add_update(nullptr, known, padded[0], after, size);
   }
-  alignas(64) float update[kBlock];
-  for (int i = 0; i < size; ++i) update[i] = after[i] - before[i];
-  add(gradient, update, size);
+  if (kWidth < 16 && !known) {  // there are too few registers for the sums of all three
+    gradient_.add(gradient, size, gradient);
+    known = true;
+  }
+  const int padding = -size & (kLanes - 1);
+  for (BlockFold* one : {known ? nullptr : &gradient_, &update_, &weight_}) {
+    if (!one) continue;
+    one->count_ += size;
+    one->zero_count_ -= padding;
+  }
+  if (__builtin_expect(padding != 0, 0)) {
+    const float** const all[] = {&gradient, &before, &after};
+    for (int k = 0; k < 3; ++k) {
+      memcpy(padded[k], *all[k], size * sizeof(float));
+      memset(padded[k] + size, 0, padding * sizeof(float));
+      *all[k] = padded[k];
+    }
+    size += padding;
+  }
+  known ? add_strides<true>(gradient, before, after, size) : add_strides<false>(gradient, before, after, size);
 }
 
-void MotionFold::add(const float* gradient, const float* update, int size) {
+template <bool kKnown>
+void StepFold::add_strides(const float* gradient, const float* before, const float* after, int size) {
+  Sums gradients, updates, weights;
+  Floats products[kSets];
+  for (int j = 0; j < kSets; ++j) {  // one set after the other, as all do not fit the registers
+    Set of_gradient, of_update, of_weight;
+    Floats product = {};
+    for (int i = j * kWidth; i < size; i += kLanes) {
+      if (j * kWidth % 16 == 0) {
+        __builtin_prefetch(gradient + kAhead + i, 0, 1);
+        __builtin_prefetch(after + kAhead + i, 0, 1);
+      }
+      const Floats g = load(gradient + i), w = load(after + i), u = w - load(before + i);
+      if (!kKnown) fold(g, magnitudes(g), of_gradient, gradients.range);
+      fold(u, magnitudes(u), of_update, updates.range);
+      fold(w, magnitudes(w), of_weight, weights.range);
+      product += g * u;
+    }
+    gradients.set[j] = of_gradient;
+    updates.set[j] = of_update;
+    weights.set[j] = of_weight;
+    products[j] = product;
+  }
+  alignas(64) float scratch[kBlock];
+  if (!kKnown && !gradient_.take(gradients, gradient, size)) gradient_.add_with_care(gradient, size, scratch);
+  if (!weight_.take(weights, after, size)) weight_.add_with_care(after, size, scratch);
+  const bool fit = fits(roughly_total(products), gradient, size);
+  if (__builtin_expect(fit, 1)) product_.add([&](int j) { return products[j]; }, 1.0);
+  if (__builtin_expect(fit && Limits(1.0f).hold(updates.range), 1)) {
+    update_.take(updates, nullptr, size);
+  } else {
+    add_with_care(updates, fit, gradient, before, after, size);
+  }
+}
+
+// The rest of a block whose update has zeros or does not fit float32, or whose products do not (not `fit`).
+__attribute__((noinline)) void StepFold::add_with_care(const Sums& updates, bool fit, const float* gradient,
+                                                       const float* before, const float* after, int size) {
+  alignas(64) float update[kBlock];
+  for (int i = 0; i < size; ++i) update[i] = after[i] - before[i];
+  if (!fit) {
+    for (int i = 0; i < size; ++i) fold(gradient[i], update[i], rest_);
+  } else if (has_zero(updates.range)) {
+    const auto moved = [&](int i) { return magnitudes(load(update + i)); };
+    rounded_ += count_zeros(size, moved);
+    rounded_ -= count_zeros(size, [&](int i) { return moved(i) | magnitudes(load(gradient + i)); });
+  }
+  if (!update_.take(updates, update, size)) update_.add_with_care(update, size, update);
+}
+
+void StepFold::add_update(const float* gradient, bool known, const float* update, const float* after, int size) {
   update_.add(update, size, update);
+  weight_.add(after, size, after);
   if (!gradient) return;
+  if (!known) gradient_.add(gradient, size, gradient);
   for (int i = 0; i < size; ++i) fold(gradient[i], update[i], rest_);
 }
 
-Joint MotionFold::joint() const {
+Joint StepFold::joint() const {
   Joint j = rest_;
   j.product += product_.total();
   j.rounded += rounded_;
@@ -236,7 +324,9 @@ void adapt_one(const T* gradient, const T* momentum, const T* second, const Divi
 }
 
 inline Floats square_root(Floats x) {
-#if defined(__AVX__)
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(x);
+#elif defined(__AVX__)
   return _mm256_sqrt_ps(x);
 #else
   for (int i = 0; i < kWidth; ++i) x[i] = sqrtf(x[i]);
@@ -269,7 +359,7 @@ void AdaptiveFold::add_strides(const float* gradient, const float* momentum, con
   const Floats outside = static_cast<float>(division.outside) - Floats{};
   const float* const other = momentum ? momentum : gradient;
   Floats p[kSets] = {}, n[kSets] = {}, y[kSets] = {}, low = load(second);
-  Ints any = {};  // bits of the gradients
+  Ints bits = {};  // of the gradients
   for (int i = 0; i < size; i += kLanes) {
     for (int j = 0; j < kSets; ++j) {
       const int at = i + j * kWidth;
@@ -277,27 +367,27 @@ void AdaptiveFold::add_strides(const float* gradient, const float* momentum, con
       p[j] += g * load(other + at);
       if (!kSecond) continue;
       const Floats v = load(second + at), one_over = 1.0f / (square_root(v + inside) + outside), scaled = g * one_over;
-      any |= reinterpret_cast<Ints>(g);
+      bits |= reinterpret_cast<Ints>(g);
       n[j] += scaled * scaled;
       y[j] += one_over;
       low = v < low ? v : low;
     }
   }
   if (momentum && __builtin_expect(fits(roughly_total(p), gradient, size), 1)) {
-    product_.add(p, 1.0);
+    product_.add([&](int j) { return p[j]; }, 1.0);
   } else if (momentum) {
     for (int i = 0; i < size; ++i) rest_.product += exact(gradient[i]) * exact(momentum[i]);
   }
   if (!kSecond) return;
   const float squares = roughly_total(n);
-  const bool lost = squares < 0x1p-90f && largest(any & 0x7fffffff) != 0;  // to underflow, some of it
+  const bool lost = squares < 0x1p-90f && (any(bits) & 0x7fffffff) != 0;  // to underflow, some of it
   if (__builtin_expect(lost || !is_finite_sum(squares) || !is_finite_sum(roughly_total(y)), 0)) {
     for (int i = 0; i < size; ++i) adapt_one<float>(gradient + i, nullptr, second + i, division, rest_);
     return;
   }
-  normalized_.add(n, 1.0);
-  inverse_.add(y, 1.0);
-  const double lowest = exact(across<float, kWidth>(&low, [](auto a, auto b) { return a < b ? a : b; }));
+  normalized_.add([&](int j) { return n[j]; }, 1.0);
+  inverse_.add([&](int j) { return y[j]; }, 1.0);
+  const double lowest = exact(across<float>(low, [](auto a, auto b) { return a < b ? a : b; }));
   rest_.lowest = lowest < rest_.lowest ? lowest : rest_.lowest;
   if (lowest < division.floor) {
     const float floor = static_cast<float>(division.floor);
@@ -326,16 +416,19 @@ void WideFold::add(const double* x, int size, const double*) {
   for (int i = 0; i < size; ++i) fold(x[i], moments_);
 }
 
-void WideMotionFold::add(const double* gradient, const double* before, const double* after, int size) {
+void WideStepFold::add(const double* gradient, bool known, const double* before, const double* after, int size) {
   double update[kBlock];
   for (int i = 0; i < size; ++i) update[i] = after[i] - before[i];
-  add(gradient, update, size);
+  add_update(gradient, known, update, after, size);
 }
 
-void WideMotionFold::add(const double* gradient, const double* update, int size) {
+void WideStepFold::add_update(const double* gradient, bool known, const double* update, const double* after, int size) {
   for (int i = 0; i < size; ++i) {
     fold(update[i], update_);
-    if (gradient) fold(gradient[i], update[i], joint_);
+    fold(after[i], weight_);
+    if (!gradient) continue;
+    fold(gradient[i], update[i], joint_);
+    if (!known) fold(gradient[i], gradient_);
   }
 }
 

@@ -6,14 +6,16 @@
 
 namespace trainrt {
 
-#if defined(__AVX__)
-constexpr int kWidth = 8;  // 16 is no faster where AVX-512 is, the lanes' sums costing more than they save
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX__)
+constexpr int kWidth = 8;
 #else
 constexpr int kWidth = 4;
 #endif
 constexpr int kLanes = 32, kSets = kLanes / kWidth;
 constexpr int kHalf = kSets / 2;   // vectors of float64 lanes, which are half as many
-constexpr int kAhead = 4 * kBlock;  // elements; hides the memory's latency behind the arithmetic (benchmarks/kernels.py)
+constexpr int kAhead = 2 * kBlock;  // elements; hides the memory's latency behind the arithmetic (benchmarks/kernels.py)
 static_assert(kBlock % kLanes == 0, "a full block is a whole number of strides");
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
@@ -22,9 +24,12 @@ typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 // 16 lanes of float64, each the sum of two lanes of float32 in every block.
 struct Lanes {
   double lane[kLanes / 2] = {};
-  void add(const Floats* sets, double factor);
+  template <typename SetOf>
+  void add(SetOf set_of, double factor);  // set_of(j): Floats, of kSets
   double total() const;
 };
+
+struct Sums;
 
 // Folds blocks of float32 into the moments of one chunk.
 class BlockFold {
@@ -34,33 +39,41 @@ class BlockFold {
   Moments moments() const;
 
  private:
-  friend class MotionFold;
+  friend class StepFold;
   Lanes sum_, sumsq_;
-  int32_t absmax_ = 0;
+  Ints top_ = {};       // bits of the largest magnitude of each lane
   float scale_ = 1.0f;  // of the last block that needed one: slots such as Adam's velocity need it in every block
-  int32_t seen_ = 0;    // bits of the largest magnitude of the block that was summed last
+  int32_t seen_ = 0;    // bits of the largest magnitude of the last block that was refused
   int64_t count_ = 0, zero_count_ = 0;
   Moments rare_;
 
   template <bool kScaled>
   bool sum_block(const float* x, int size, const float* ahead);
-  bool accept(Ints top, const Floats* sum, const Floats* sumsq, int64_t zeros, float scale);
+  bool take(const Sums& sums, const float* x, int size, float scale = 1.0f);
   void add_with_care(const float* x, int size, float* scratch);
 };
 
-// Folds a weight's motion: the moments of after - before, which is never stored, and what it shares with the gradient.
-class MotionFold {
+// Folds what a step did to a weight: the moments of its gradient, of the update = after - before, which is never stored,
+// and of the weight after it; and what gradient and update share.
+class StepFold {
  public:
-  void add(const float* gradient, const float* before, const float* after, int size);
-  void add(const float* gradient, const float* update, int size);  // gradient may be null
-  Moments moments() const { return update_.moments(); }
+  // `gradient` may be null, and is not measured if it is `known`.
+  void add(const float* gradient, bool known, const float* before, const float* after, int size);
+  void add_update(const float* gradient, bool known, const float* update, const float* after, int size);
+  Moments gradient() const { return gradient_.moments(); }
+  Moments update() const { return update_.moments(); }
+  Moments weight() const { return weight_.moments(); }
   Joint joint() const;
 
  private:
-  BlockFold update_;
+  BlockFold gradient_, update_, weight_;
   Lanes product_;
   int64_t rounded_ = 0;
   Joint rest_;
+
+  template <bool kKnown>
+  void add_strides(const float* gradient, const float* before, const float* after, int size);
+  void add_with_care(const Sums& updates, bool fit, const float* gradient, const float* before, const float* after, int size);
 };
 
 // Folds what blocks of a gradient share with the slots beside it; any of the three may be null.
@@ -86,15 +99,17 @@ class WideFold {
   Moments moments_;
 };
 
-class WideMotionFold {
+class WideStepFold {
  public:
-  void add(const double* gradient, const double* before, const double* after, int size);
-  void add(const double* gradient, const double* update, int size);
-  Moments moments() const { return update_; }
+  void add(const double* gradient, bool known, const double* before, const double* after, int size);
+  void add_update(const double* gradient, bool known, const double* update, const double* after, int size);
+  Moments gradient() const { return gradient_; }
+  Moments update() const { return update_; }
+  Moments weight() const { return weight_; }
   Joint joint() const { return joint_; }
 
  private:
-  Moments update_;
+  Moments gradient_, update_, weight_;
   Joint joint_;
 };
 
@@ -112,17 +127,18 @@ template <typename T>
 struct Folded {
   using Wide = float;
   using Fold = BlockFold;
-  using Motion = MotionFold;
+  using Step = StepFold;
   using Adapt = AdaptiveFold;
   static __attribute__((noinline)) const float* widen(const T* x, int size, float* scratch) {
     for (int i = 0; i < size; ++i) scratch[i] = static_cast<float>(x[i]);
     return scratch;
   }
-  static void move(Motion& motion, const T* gradient, const T* before, const T* after, int size) {
-    T difference[kBlock];
-    float wide[kBlock], wide_gradient[kBlock];
-    for (int i = 0; i < size; ++i) difference[i] = after[i] - before[i];
-    motion.add(gradient ? widen(gradient, size, wide_gradient) : nullptr, widen(difference, size, wide), size);
+  static void step(Step& fold, const T* gradient, bool known, const T* before, const T* after, int size) {
+    T update[kBlock];
+    float wide[3][kBlock];
+    for (int i = 0; i < size; ++i) update[i] = after[i] - before[i];
+    fold.add_update(gradient ? widen(gradient, size, wide[0]) : nullptr, known, widen(update, size, wide[1]),
+                    widen(after, size, wide[2]), size);
   }
   static void adapt(Adapt& fold, const T* gradient, const T* momentum, const T* second, int size, const Division& division) {
     float wide[3][kBlock];
@@ -134,11 +150,11 @@ template <>
 struct Folded<float> {
   using Wide = float;
   using Fold = BlockFold;
-  using Motion = MotionFold;
+  using Step = StepFold;
   using Adapt = AdaptiveFold;
   static const float* widen(const float* x, int, float*) { return x; }
-  static void move(Motion& motion, const float* gradient, const float* before, const float* after, int size) {
-    motion.add(gradient, before, after, size);
+  static void step(Step& fold, const float* gradient, bool known, const float* before, const float* after, int size) {
+    fold.add(gradient, known, before, after, size);
   }
   static void adapt(Adapt& fold, const float* gradient, const float* momentum, const float* second, int size,
                     const Division& division) {
@@ -149,11 +165,11 @@ template <>
 struct Folded<double> {
   using Wide = double;
   using Fold = WideFold;
-  using Motion = WideMotionFold;
+  using Step = WideStepFold;
   using Adapt = WideAdaptiveFold;
   static const double* widen(const double* x, int, double*) { return x; }
-  static void move(Motion& motion, const double* gradient, const double* before, const double* after, int size) {
-    motion.add(gradient, before, after, size);
+  static void step(Step& fold, const double* gradient, bool known, const double* before, const double* after, int size) {
+    fold.add(gradient, known, before, after, size);
   }
   static void adapt(Adapt& fold, const double* gradient, const double* momentum, const double* second, int size,
                     const Division& division) {

@@ -30,35 +30,31 @@ Moments measure_chunk(const Span& span, int64_t offset) {
 // One chunk of a weight that something else updated. G: dtype of the gradient, which need not be the weight's.
 template <typename T, typename G>
 void observe_chunk(const T* before, const T* after, const G* gradient, bool measures, int64_t size, Partial& partial) {
-  using Wide = typename Folded<T>::Wide;
-  typename Folded<T>::Motion motion;
-  typename Folded<T>::Fold of_weight;
+  constexpr bool kAlike = std::is_same_v<T, G>;
+  typename Folded<T>::Step folded;
   typename Folded<G>::Fold of_gradient;
-  alignas(64) T difference[kBlock];
-  alignas(64) Wide scratch[kBlock], cast[kBlock];
-  alignas(64) typename Folded<G>::Wide wide[kBlock];
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, size - begin));
     const T *old = before + begin, *now = after + begin;
-    if (gradient && std::is_same_v<T, G>) {
-      Folded<T>::move(motion, reinterpret_cast<const T*>(gradient + begin), old, now, n);
+    const G* one = gradient ? gradient + begin : nullptr;
+    if constexpr (kAlike) {
+      Folded<T>::step(folded, one, !measures, old, now, n);
     } else {
-      for (int i = 0; i < n; ++i) difference[i] = now[i] - old[i];
-      if (gradient)
-        for (int i = 0; i < n; ++i) cast[i] = static_cast<Wide>(static_cast<typename Folded<G>::Wide>(gradient[begin + i]));
-      motion.add(gradient ? cast : nullptr, Folded<T>::widen(difference, n, scratch), n);
+      using Wide = typename Folded<T>::Wide;
+      alignas(64) T update[kBlock];
+      alignas(64) Wide cast[kBlock], wide_update[kBlock], wide_weight[kBlock];
+      alignas(64) typename Folded<G>::Wide wide[kBlock];
+      for (int i = 0; i < n; ++i) update[i] = now[i] - old[i];
+      for (int i = 0; one && i < n; ++i) cast[i] = static_cast<Wide>(static_cast<typename Folded<G>::Wide>(one[i]));
+      folded.add_update(one ? cast : nullptr, true, Folded<T>::widen(update, n, wide_update),
+                        Folded<T>::widen(now, n, wide_weight), n);
+      if (one && measures) of_gradient.add(Folded<G>::widen(one, n, wide), n, nullptr);
     }
-    if (gradient && measures) {
-      const auto* block = Folded<G>::widen(gradient + begin, n, wide);
-      of_gradient.add(block, n, block);
-    }
-    const auto* block = Folded<T>::widen(now, n, scratch);
-    of_weight.add(block, n, block + kAhead);
   }
-  partial.gradient = of_gradient.moments();
-  partial.update = motion.moments();
-  partial.joint = motion.joint();
-  partial.weight = of_weight.moments();
+  partial.gradient = kAlike ? folded.gradient() : of_gradient.moments();
+  partial.update = folded.update();
+  partial.joint = folded.joint();
+  partial.weight = folded.weight();
 }
 
 // What one chunk of a weight's gradient, of the same dtype as its slots, shares with them.

@@ -2,7 +2,7 @@
 // it. No TensorFlow header.
 //
 // Sums are over the finite elements. float32 elements are summed in float32 over blocks of at most `kBlock`, spread over
-// 32 lanes (so 16 additions a lane), and blocks are folded in float64 in order: a relative error of a few 1e-7 and the
+// 32 lanes (so 8 additions a lane), and blocks are folded in float64 in order: a relative error of a few 1e-7 and the
 // same bits whatever the number of threads. A block whose squares would leave float32's range is scaled by a power of
 // two, which is exact.
 #pragma once
@@ -13,7 +13,7 @@ namespace trainrt {
 
 constexpr int kMoments = 6;  // record.DEVICE_MOMENTS
 constexpr int kSumsq = 2, kAbsmax = 3, kNonfinite = 5;  // columns of them
-constexpr int kBlock = 512;  // of a weight, its gradient, two slots, and the next ones: they share 32 KiB of cache
+constexpr int kBlock = 256;  // long enough to pay for folding its lanes, short enough that loads of the next overlap
 constexpr int64_t kChunk = 16384;  // elements of one task: fixed, so that sums do not depend on the number of threads
 
 struct Moments {

@@ -8,18 +8,18 @@
 
 namespace trainrt {
 
+template <Prepare kHow, typename T>
+inline void prepare(const T* gradient, T factor, int size, T* to) {
+#pragma GCC ivdep  // `to` may be the gradient itself
+  for (int i = 0; i < size; ++i) to[i] = prepared(kHow, gradient[i], factor);
+}
+
 template <typename T>
-inline void prepare(Prepare how, T factor, int size, T* gradient) {
+inline void prepare(Prepare how, const T* gradient, T factor, int size, T* to) {
   switch (how) {  // outside of the loops, so that they vectorise
-    case Prepare::kMultiply:
-      for (int i = 0; i < size; ++i) gradient[i] = prepared(Prepare::kMultiply, gradient[i], factor);
-      break;
-    case Prepare::kDivide:
-      for (int i = 0; i < size; ++i) gradient[i] = prepared(Prepare::kDivide, gradient[i], factor);
-      break;
-    case Prepare::kClip:
-      for (int i = 0; i < size; ++i) gradient[i] = prepared(Prepare::kClip, gradient[i], factor);
-      break;
+    case Prepare::kMultiply: return prepare<Prepare::kMultiply>(gradient, factor, size, to);
+    case Prepare::kDivide: return prepare<Prepare::kDivide>(gradient, factor, size, to);
+    case Prepare::kClip: return prepare<Prepare::kClip>(gradient, factor, size, to);
   }
 }
 
@@ -123,8 +123,8 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
   const int given = rule.scalars + (one.decay == Decay::kNone ? 0 : kDecayScalars);
   for (int i = 0; i < given; ++i) scalars[i] = *static_cast<const T*>(u.scalars[i]);
 
-  Fold of_gradient, of_weight, of_slot[kMaxSlots];
-  typename Folded<T>::Motion motion;
+  Fold of_slot[kMaxSlots];
+  typename Folded<T>::Step folded;
   typename Folded<T>::Adapt adaptive;
   const bool adapts = u.slots_due && (u.momentum >= 0 || u.second >= 0);
   alignas(64) T prepared[kBlock], before[kBlock], summed[kBlock], squares[kBlock];
@@ -144,42 +144,38 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
                {summed, scales ? prepared : nullptr, squares});
         raw = summed;
         taken = scales ? prepared : summed;
-      } else if (scales || u.factor_count) {
-        __builtin_memcpy(prepared, raw, n * sizeof(T));
-        if (scales) prepare(Prepare::kMultiply, scales[index], n, prepared);
+      } else {
+        const auto prepare_by = [&](Prepare how, T factor) {
+          prepare(how, taken, factor, n, prepared);
+          taken = prepared;
+        };
+        if (scales) prepare_by(Prepare::kMultiply, scales[index]);
         for (int f = 0; f < u.factor_count; ++f) {
           const Factor& factor = u.factors[f];
-          prepare(factor.how, static_cast<const T*>(factor.values)[factor.each ? index : 0], n, prepared);
+          prepare_by(factor.how, static_cast<const T*>(factor.values)[factor.each ? index : 0]);
         }
-        taken = prepared;
       }
       if (u.observe) __builtin_memcpy(before, w, n * sizeof(T));
       if (one.decay != Decay::kNone) decay(one.decay, scalars + rule.scalars, n, w);
       step(scalars, n, taken, rows ? squares : nullptr, w, q);
     }
     if (!u.observe) continue;
-    if (gradient) {
-      Folded<T>::move(motion, raw, before, w, n);
-      if (!u.measured) measure(of_gradient, raw, n, 0);
-    }
-  const auto slot_at = [&](int k) { return k < 0 ? nullptr : slots[k] + begin; };
+    Folded<T>::step(folded, raw, u.measured, gradient ? before : w, w, n);
+    const auto slot_at = [&](int k) { return k < 0 ? nullptr : slots[k] + begin; };
     if (adapts)
       Folded<T>::adapt(adaptive, raw, slot_at(u.momentum), slot_at(u.second), n, u.division);
-    measure(of_weight, w, n, kAhead);
     for (int k = 0; k < rule.slots; ++k) measure(of_slot[k], slots[k] + begin, n, kAhead);
   }
   if (!u.observe) return;
-  partial.weight = of_weight.moments();
+  partial.gradient = folded.gradient();
+  partial.update = folded.update();
+  partial.weight = folded.weight();
+  partial.joint = folded.joint();
   partial.adaptive = adaptive.result();
   for (int k = 0; k < rule.slots; ++k) partial.slots[k] = of_slot[k].moments();
-  if (gradient) {
-    partial.gradient = of_gradient.moments();
-    partial.update = motion.moments();
-    partial.joint = motion.joint();
-  } else {  // did not move
-    partial.update = Moments();
-    partial.update.count = partial.update.zeros = size;
-  }
+  if (gradient) return;
+  partial.update = Moments();  // did not move, even from a NaN
+  partial.update.count = partial.update.zeros = size;
 }
 
 template <typename T>
