@@ -60,13 +60,11 @@ inline __attribute__((always_inline)) float roughly_total(const Floats* sets) {
   return across<float>(v, [](auto a, auto b) { return a + b; });
 }
 
-// How many of a whole number of vectors' lanes are zero.
-template <typename At>
-inline int64_t count_zeros(int size, At at) {
-  Ints zeros = {};
-  for (int i = 0; i < size; i += kWidth) zeros -= at(i) == 0;  // a true lane is -1
-  return across<int32_t>(zeros, [](auto a, auto b) { return a + b; });
+inline __attribute__((always_inline)) int32_t total(Ints v) {
+  return across<int32_t>(v, [](auto a, auto b) { return a + b; });
 }
+
+inline __attribute__((always_inline)) Ints is_not_zero(Ints magnitude) { return magnitude > 1 ? Ints{} + 1 : magnitude; }
 
 // Whether products of these gradients fit float32: their sum is neither infinite nor so small that underflow would show,
 // or all are zero. A whole number of strides.
@@ -78,45 +76,50 @@ inline __attribute__((always_inline)) bool fits(float product, const float* grad
   return any(bits) == 0;
 }
 
+}  // namespace
+
 // Sums of one set of lanes.
 struct Set {
   Floats sum = {}, squares = {};
 };
 
-// Bits of the largest and the smallest magnitude in the lanes of all sets.
+// Of the lanes of all sets: bits of the largest magnitude, and how many are not zero.
 struct Range {
-  Ints top = {}, low = Ints{} + 0x7fffffff;
+  Ints top = {}, nonzero = {};
 };
-
-inline __attribute__((always_inline)) void fold(Floats v, Ints magnitude, Set& into, Range& range) {
-  range.top = range.top > magnitude ? range.top : magnitude;
-  range.low = range.low < magnitude ? range.low : magnitude;
-  into.sum += v;
-  into.squares += v * v;
-}
-
-inline __attribute__((always_inline)) bool has_zero(const Range& range) { return any(range.low == 0); }
-
-// Bits of the smallest magnitude whose square fits float32 at a scale, and of the first one whose does not.
-struct Limits {
-  int low, high;
-  explicit Limits(float scale) {
-    const int shift = static_cast<int>(bits_of(scale) >> 23) - 127, last = kHigh + 1 - shift;
-    low = (kLow - shift) * (1 << 23);
-    high = (last < 255 ? last : 255) * (1 << 23);
-  }
-  // Whether nothing needs a closer look: all lanes are within the limits, and no magnitude is zero.
-  inline __attribute__((always_inline)) bool hold(const Range& r) const {
-    return !any((r.top < low) | (r.top >= high) | (r.low == 0));
-  }
-};
-
-}  // namespace
 
 struct Sums {
   Set set[kSets];
   Range range;
 };
+
+namespace {
+
+inline __attribute__((always_inline)) void fold(Floats v, Ints magnitude, Set& into, Range& range) {
+  range.top = range.top > magnitude ? range.top : magnitude;
+  range.nonzero += is_not_zero(magnitude);
+  into.sum += v;
+  into.squares += v * v;
+}
+
+// Whether squares fit float32 at a scale.
+struct Limits {
+  int low, high;  // bits of the smallest magnitude whose square does, and of the first one whose does not
+  explicit Limits(float scale) {
+    const int shift = static_cast<int>(bits_of(scale) >> 23) - 127, last = kHigh + 1 - shift;
+    low = (kLow - shift) * (1 << 23);
+    high = (last < 255 ? last : 255) * (1 << 23);
+  }
+  inline __attribute__((always_inline)) bool hold(int largest) const {
+    return largest == 0 || (largest >= low && largest < high);
+  }
+  inline __attribute__((always_inline)) bool hold(Ints top) const {
+    if (__builtin_expect(!any(((top < low) & (top > 0)) | (top >= high)), 1)) return true;
+    return hold(largest(top));
+  }
+};
+
+}  // namespace
 
 template <typename SetOf>
 inline __attribute__((always_inline)) void Lanes::add(SetOf set_of, double factor) {
@@ -135,16 +138,12 @@ double Lanes::total() const {
   return sum;
 }
 
-// Takes the sums of one block, a whole number of strides. False, with nothing folded, if they do not fit float32 at
-// this scale: `seen_` says why.
-inline __attribute__((always_inline)) bool BlockFold::take(const Sums& sums, const float* x, int size, float scale) {
-  const Limits limits(scale);
-  if (__builtin_expect(!limits.hold(sums.range), 0)) {
-    seen_ = largest(sums.range.top);
-    if (seen_ != 0 && (seen_ < limits.low || seen_ >= limits.high)) return false;
-    if (has_zero(sums.range)) zero_count_ += count_zeros(size, [&](int i) { return magnitudes(load(x + i)); });
-  }
+// Takes the sums of one block, a whole number of strides. False, with nothing folded, if they do not fit float32.
+inline __attribute__((always_inline)) bool BlockFold::take(const Sums& sums, int size, float scale) {
+  if (!Limits(scale).hold(sums.range.top)) return false;
+  summed_ += size;
   top_ = top_ > sums.range.top ? top_ : sums.range.top;
+  nonzero_ += sums.range.nonzero;
   const double back = scale == 1.0f ? 1.0 : 1.0 / static_cast<double>(scale);
   sum_.add([&](int j) { return sums.set[j].sum; }, back);
   sumsq_.add([&](int j) { return sums.set[j].squares; }, back * back);
@@ -162,7 +161,9 @@ inline __attribute__((always_inline)) bool BlockFold::sum_block(const float* x, 
       fold(kScaled ? v * factor : v, magnitudes(v), sums.set[j], sums.range);
     }
   }
-  return take(sums, x, size, kScaled ? scale_ : 1.0f);
+  if (take(sums, size, kScaled ? scale_ : 1.0f)) return true;
+  seen_ = largest(sums.range.top);
+  return false;
 }
 
 void BlockFold::add(const float* x, int size, const float* ahead) {
@@ -175,7 +176,7 @@ void BlockFold::add(const float* x, int size, const float* ahead) {
     memset(padded + size, 0, padding * sizeof(float));
     x = padded;
     size += padding;
-    zero_count_ -= padding;
+    summed_ -= padding;
   }
   if (__builtin_expect(scale_ == 1.0f && sum_block<false>(x, size, ahead), 1)) return;
   add_with_care(x, size, padded);
@@ -194,7 +195,7 @@ __attribute__((noinline)) void BlockFold::add_with_care(const float* x, int size
       scratch[i] = finite ? x[i] : 0.0f;
     }
     rare_.nonfinite += nonfinite;
-    zero_count_ -= nonfinite;
+    summed_ -= nonfinite;
     x = scratch;
     if (sum_block<false>(x, size, x)) return;
   }
@@ -219,7 +220,7 @@ Moments BlockFold::moments() const {
   m.sumsq += sumsq_.total();
   const double absmax = exact(float_of(static_cast<uint32_t>(largest(top_))));
   m.absmax = absmax > m.absmax ? absmax : m.absmax;
-  m.zeros += zero_count_;
+  m.zeros += summed_ - total(nonzero_);
   return m;
 }
 
@@ -237,7 +238,7 @@ void StepFold::add(const float* gradient, bool known, const float* before, const
   for (BlockFold* one : {known ? nullptr : &gradient_, &update_, &weight_}) {
     if (!one) continue;
     one->count_ += size;
-    one->zero_count_ -= padding;
+    one->summed_ -= padding;
   }
   if (__builtin_expect(padding != 0, 0)) {
     const float** const all[] = {&gradient, &before, &after};
@@ -255,6 +256,7 @@ template <bool kKnown>
 void StepFold::add_strides(const float* gradient, const float* before, const float* after, int size) {
   Sums gradients, updates, weights;
   Floats products[kSets];
+  Ints either = {};  // gradient or update is not zero
   for (int j = 0; j < kSets; ++j) {  // one set after the other, as all do not fit the registers
     Set of_gradient, of_update, of_weight;
     Floats product = {};
@@ -264,9 +266,11 @@ void StepFold::add_strides(const float* gradient, const float* before, const flo
         __builtin_prefetch(after + kAhead + i, 0, 1);
       }
       const Floats g = load(gradient + i), w = load(after + i), u = w - load(before + i);
-      if (!kKnown) fold(g, magnitudes(g), of_gradient, gradients.range);
-      fold(u, magnitudes(u), of_update, updates.range);
+      const Ints of_g = magnitudes(g), of_u = magnitudes(u);
+      if (!kKnown) fold(g, of_g, of_gradient, gradients.range);
+      fold(u, of_u, of_update, updates.range);
       fold(w, magnitudes(w), of_weight, weights.range);
+      either += is_not_zero(of_g | of_u);
       product += g * u;
     }
     gradients.set[j] = of_gradient;
@@ -274,31 +278,20 @@ void StepFold::add_strides(const float* gradient, const float* before, const flo
     weights.set[j] = of_weight;
     products[j] = product;
   }
-  alignas(64) float scratch[kBlock];
-  if (!kKnown && !gradient_.take(gradients, gradient, size)) gradient_.add_with_care(gradient, size, scratch);
-  if (!weight_.take(weights, after, size)) weight_.add_with_care(after, size, scratch);
-  const bool fit = fits(roughly_total(products), gradient, size);
-  if (__builtin_expect(fit, 1)) product_.add([&](int j) { return products[j]; }, 1.0);
-  if (__builtin_expect(fit && Limits(1.0f).hold(updates.range), 1)) {
-    update_.take(updates, nullptr, size);
-  } else {
-    add_with_care(updates, fit, gradient, before, after, size);
+  alignas(64) float scratch[kBlock], update[kBlock];
+  if (!kKnown && !gradient_.take(gradients, size)) gradient_.add_with_care(gradient, size, scratch);
+  if (!weight_.take(weights, size)) weight_.add_with_care(after, size, scratch);
+  const bool taken = update_.take(updates, size);
+  const float product = roughly_total(products);
+  const bool fit = (product == 0 && !any(updates.range.top)) || fits(product, gradient, size);
+  if (__builtin_expect(fit, 1)) {
+    product_.add([&](int j) { return products[j]; }, 1.0);
+    rounded_ += either - updates.range.nonzero;
   }
-}
-
-// The rest of a block whose update has zeros or does not fit float32, or whose products do not (not `fit`).
-__attribute__((noinline)) void StepFold::add_with_care(const Sums& updates, bool fit, const float* gradient,
-                                                       const float* before, const float* after, int size) {
-  alignas(64) float update[kBlock];
+  if (__builtin_expect(taken && fit, 1)) return;
   for (int i = 0; i < size; ++i) update[i] = after[i] - before[i];
-  if (!fit) {
-    for (int i = 0; i < size; ++i) fold(gradient[i], update[i], rest_);
-  } else if (has_zero(updates.range)) {
-    const auto moved = [&](int i) { return magnitudes(load(update + i)); };
-    rounded_ += count_zeros(size, moved);
-    rounded_ -= count_zeros(size, [&](int i) { return moved(i) | magnitudes(load(gradient + i)); });
-  }
-  if (!update_.take(updates, update, size)) update_.add_with_care(update, size, update);
+  if (!taken) update_.add_with_care(update, size, scratch);
+  for (int i = 0; !fit && i < size; ++i) fold(gradient[i], update[i], rest_);
 }
 
 void StepFold::add_update(const float* gradient, bool known, const float* update, const float* after, int size) {
@@ -312,7 +305,7 @@ void StepFold::add_update(const float* gradient, bool known, const float* update
 Joint StepFold::joint() const {
   Joint j = rest_;
   j.product += product_.total();
-  j.rounded += rounded_;
+  j.rounded += total(rounded_);
   return j;
 }
 

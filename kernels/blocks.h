@@ -41,15 +41,15 @@ class BlockFold {
  private:
   friend class StepFold;
   Lanes sum_, sumsq_;
-  Ints top_ = {};       // bits of the largest magnitude of each lane
+  Ints top_ = {}, nonzero_ = {};  // bits of the largest magnitude of each lane, how many are not zero
   float scale_ = 1.0f;  // of the last block that needed one: slots such as Adam's velocity need it in every block
   int32_t seen_ = 0;    // bits of the largest magnitude of the last block that was refused
-  int64_t count_ = 0, zero_count_ = 0;
+  int64_t count_ = 0, summed_ = 0;  // elements, and those that went through `take`, less what is zero to fill up only
   Moments rare_;
 
   template <bool kScaled>
   bool sum_block(const float* x, int size, const float* ahead);
-  bool take(const Sums& sums, const float* x, int size, float scale = 1.0f);
+  bool take(const Sums& sums, int size, float scale = 1.0f);
   void add_with_care(const float* x, int size, float* scratch);
 };
 
@@ -68,12 +68,11 @@ class StepFold {
  private:
   BlockFold gradient_, update_, weight_;
   Lanes product_;
-  int64_t rounded_ = 0;
+  Ints rounded_ = {};
   Joint rest_;
 
   template <bool kKnown>
   void add_strides(const float* gradient, const float* before, const float* after, int size);
-  void add_with_care(const Sums& updates, bool fit, const float* gradient, const float* before, const float* after, int size);
 };
 
 // Folds what blocks of a gradient share with the slots beside it; any of the three may be null.
