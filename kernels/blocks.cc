@@ -27,23 +27,23 @@ inline Floats load(const float* p) {
 
 inline Ints magnitudes(Floats v) { return reinterpret_cast<Ints>(v) & 0x7fffffff; }
 
-// Folds the lanes of a vector by halves, which are taken lane by lane: a vector whose parts were addressed in memory
-// would have to live there.
-template <typename Lane, int kCount = kWidth>
-struct Across {
-  typedef Lane Whole __attribute__((vector_size(sizeof(Lane) * kCount)));
-  typedef Lane Half __attribute__((vector_size(sizeof(Lane) * kCount / 2)));
-  template <typename Fold, int... i>
-  static inline __attribute__((always_inline)) Lane of(Whole v, Fold fold, std::integer_sequence<int, i...>) {
-    const Half half = fold(Half{v[i]...}, Half{v[i + kCount / 2]...});
-    if constexpr (kCount == 4) return fold(half[0], half[1]);
-    else return Across<Lane, kCount / 2>::of(half, fold, std::make_integer_sequence<int, kCount / 4>());
-  }
-};
+// A half of a vector, lane by lane: a vector whose parts were addressed in memory would have to live there.
+template <typename Half, int kFrom, typename Vector, int... i>
+inline __attribute__((always_inline)) Half half_of(Vector v, std::integer_sequence<int, i...>) {
+  return Half{v[kFrom + i]...};
+}
 
-template <typename Lane, typename Vector, typename Fold>
+// Folds the lanes of a vector by halves.
+template <typename Lane, int kCount = kWidth, typename Vector, typename Fold>
 inline __attribute__((always_inline)) Lane across(Vector v, Fold fold) {
-  return Across<Lane>::of(v, fold, std::make_integer_sequence<int, kWidth / 2>());
+  constexpr int kHalfCount = kCount / 2;
+  if constexpr (kHalfCount == 1) {
+    return fold(v[0], v[1]);
+  } else {
+    typedef Lane Half __attribute__((vector_size(sizeof(Lane) * kHalfCount)));
+    constexpr auto lanes = std::make_integer_sequence<int, kHalfCount>();
+    return across<Lane, kHalfCount>(fold(half_of<Half, 0>(v, lanes), half_of<Half, kHalfCount>(v, lanes)), fold);
+  }
 }
 
 inline __attribute__((always_inline)) int32_t any(Ints v) {
@@ -123,12 +123,20 @@ struct Limits {
 
 template <typename SetOf>
 inline __attribute__((always_inline)) void Lanes::add(SetOf set_of, double factor) {
-  typedef double Doubles __attribute__((vector_size(8 * kWidth)));
+  constexpr int kCount = kWidth / 2;  // as many as fill a register
+  typedef float Half __attribute__((vector_size(4 * kCount)));
+  typedef double Doubles __attribute__((vector_size(8 * kCount)));
+  constexpr auto lanes = std::make_integer_sequence<int, kCount>();
   for (int j = 0; j < kHalf; ++j) {
-    Doubles sum;
-    memcpy(&sum, lane + j * kWidth, sizeof sum);
-    sum += __builtin_convertvector(set_of(j) + set_of(j + kHalf), Doubles) * factor;
-    memcpy(lane + j * kWidth, &sum, sizeof sum);
+    const Floats both = set_of(j) + set_of(j + kHalf);
+    double* const at = lane + j * kWidth;
+    Doubles low, high;
+    memcpy(&low, at, sizeof low);
+    memcpy(&high, at + kCount, sizeof high);
+    low += __builtin_convertvector(half_of<Half, 0>(both, lanes), Doubles) * factor;
+    high += __builtin_convertvector(half_of<Half, kCount>(both, lanes), Doubles) * factor;
+    memcpy(at, &low, sizeof low);
+    memcpy(at + kCount, &high, sizeof high);
   }
 }
 
