@@ -1,12 +1,7 @@
 // Compiled apart from the updates: here a multiplication and an addition may become one instruction, there never.
 #include "blocks.h"
 
-#include <cmath>
 #include <cstring>
-#include <utility>
-#if defined(__AVX__)
-#include <immintrin.h>
-#endif
 
 namespace trainrt {
 namespace {
@@ -16,55 +11,11 @@ constexpr int kLow = 127 - 45, kHigh = 127 + 57;
 // kBlock subnormals are less than 2^-20 of anything over 2^-97.
 constexpr int kSubnormalsCount = 127 - 97;
 
-inline Floats load(const float* p) {
-  Floats v;
-  memcpy(&v, p, sizeof v);
-#if defined(__AVX__)
-  asm("" : "+v"(v));  // or the compiler loads it again for every use, and loads are what bounds the loop
-#endif
-  return v;
-}
-
-inline Ints magnitudes(Floats v) { return reinterpret_cast<Ints>(v) & 0x7fffffff; }
-
-// A half of a vector, lane by lane: a vector whose parts were addressed in memory would have to live there.
-template <typename Half, int kFrom, typename Vector, int... i>
-inline __attribute__((always_inline)) Half half_of(Vector v, std::integer_sequence<int, i...>) {
-  return Half{v[kFrom + i]...};
-}
-
-// Folds the lanes of a vector by halves.
-template <typename Lane, int kCount = kWidth, typename Vector, typename Fold>
-inline __attribute__((always_inline)) Lane across(Vector v, Fold fold) {
-  constexpr int kHalfCount = kCount / 2;
-  if constexpr (kHalfCount == 1) {
-    return fold(v[0], v[1]);
-  } else {
-    typedef Lane Half __attribute__((vector_size(sizeof(Lane) * kHalfCount)));
-    constexpr auto lanes = std::make_integer_sequence<int, kHalfCount>();
-    return across<Lane, kHalfCount>(fold(half_of<Half, 0>(v, lanes), half_of<Half, kHalfCount>(v, lanes)), fold);
-  }
-}
-
-inline __attribute__((always_inline)) int32_t any(Ints v) {
-  return across<int32_t>(v, [](auto a, auto b) { return a | b; });
-}
-
-inline __attribute__((always_inline)) int32_t largest(Ints v) {
-  return across<int32_t>(v, [](auto a, auto b) { return a > b ? a : b; });
-}
-
 inline __attribute__((always_inline)) float roughly_total(const Floats* sets) {
   Floats v = sets[0];
   for (int j = 1; j < kSets; ++j) v += sets[j];
   return across<float>(v, [](auto a, auto b) { return a + b; });
 }
-
-inline __attribute__((always_inline)) int32_t total(Ints v) {
-  return across<int32_t>(v, [](auto a, auto b) { return a + b; });
-}
-
-inline __attribute__((always_inline)) Ints is_not_zero(Ints magnitude) { return magnitude > 1 ? Ints{} + 1 : magnitude; }
 
 // Whether products of these gradients fit float32: their sum is neither infinite nor so small that underflow would show,
 // or all are zero. A whole number of strides.
@@ -322,17 +273,6 @@ namespace {
 template <typename T>
 void adapt_one(const T* gradient, const T* momentum, const T* second, const Division& division, Adaptive& into) {
   fold(gradient, momentum, second, division, into);
-}
-
-inline Floats square_root(Floats x) {
-#if defined(__AVX512F__)
-  return _mm512_sqrt_ps(x);
-#elif defined(__AVX__)
-  return _mm256_sqrt_ps(x);
-#else
-  for (int i = 0; i < kWidth; ++i) x[i] = sqrtf(x[i]);
-  return x;
-#endif
 }
 
 inline bool is_finite_sum(float sum) { return sum - sum == 0; }

@@ -3,23 +3,14 @@
 #pragma once
 
 #include "moments.h"
+#include "vectors.h"
 
 namespace trainrt {
 
-#if defined(__AVX512F__)
-constexpr int kWidth = 16;
-#elif defined(__AVX__)
-constexpr int kWidth = 8;
-#else
-constexpr int kWidth = 4;
-#endif
 constexpr int kLanes = 32, kSets = kLanes / kWidth;
 constexpr int kHalf = kSets / 2;   // vectors of float64 lanes, which are half as many
 constexpr int kAhead = 2 * kBlock;  // elements; hides the memory's latency behind the arithmetic (benchmarks/kernels.py)
 static_assert(kBlock % kLanes == 0, "a full block is a whole number of strides");
-
-typedef float Floats __attribute__((vector_size(4 * kWidth)));
-typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
 
 // 16 lanes of float64, each the sum of two lanes of float32 in every block.
 struct Lanes {
