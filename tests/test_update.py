@@ -19,7 +19,9 @@ def _optimizers():
     skipped = {"Optimizer", "LossScaleOptimizer", "MultiOptimizer"}
     for name, kind in inspect.getmembers(keras.optimizers, inspect.isclass):
         if name not in skipped and issubclass(kind, keras.optimizers.Optimizer):
-            yield pytest.param(kind, id=name)
+            broken = name == "Muon" and keras.__version__.startswith("3.12.")
+            marks = pytest.mark.skip(reason="Keras 3.12's Muon raises in model.fit too") if broken else ()
+            yield pytest.param(kind, id=name, marks=marks)
 
 
 class Twin(keras.callbacks.Callback):
@@ -141,6 +143,7 @@ def test_slots_have_their_real_names_whoever_made_the_optimizer(make, names, wra
             _close(run.moments(slot)[-1, p], slots[f"{parameter.path.replace('/', '_')}_{slot}"])
 
 
+@pytest.mark.skipif(not hasattr(keras.optimizers, "OptimizerMap"), reason="this Keras has none")
 @pytest.mark.parametrize("kernels", ["0", "1"])
 def test_slots_of_several_optimizers_in_one_are_those_of_their_own_weights(kernels, monkeypatch):
     monkeypatch.setenv("TRAINRT_NATIVE", kernels)

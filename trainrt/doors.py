@@ -11,7 +11,7 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `ArrayDataAdapter` and four of its attributes, `array_slicing.convert_to_sliceable` | arrays that the loop reads itself; without them, Keras's dataset | nothing, it only saves time |
 | that `ArrayDataAdapter.get_tf_dataset` maps the order of an epoch's rows first | the data passport of arrays costs no call of Python for each batch | nothing, it only saves time |
 | `TFDatasetAdapter` | can a checkpoint go back into the source | nothing |
-| `global_state`, `GLOBAL_SEED_GENERATOR` | the state of `keras.random` without a seed, in a checkpoint | a public `keras.random` function |
+| `global_state` and its `"global_seed_generator"` | the state of `keras.random` without a seed, in a checkpoint and in digests | a public `keras.random` function |
 | `array_slicing.train_validation_split` | `validation_split` | the same |
 | `data_adapter_utils.unpack_x_y_sample_weight` | `validation_data` | `keras.utils.unpack_x_y_sample_weight`, for tuples only |
 | `TFEpochIterator`, its `_distributed_dataset`, `model._eval_epoch_iterator` | `evaluate` inside `fit` builds its dataset once, and is watched | a public way to pass an iterator to `evaluate` |
@@ -21,7 +21,6 @@ Supported: Keras 3.12 to 3.15, each checked with Keras's own tests.
 | `model._get_metrics_result_or_logs`, `model._should_eval` | logs of an epoch, `validation_freq` | 15 lines of our own |
 | `reduce_per_replica` | logs of several replicas to one; repaired for several workers, with `_maybe_symbolic_build` | `Strategy.reduce`; a Keras that works there |
 | `model._aggregate_additional_loss` | tells the data loss from `add_loss` and regularisers | a public hook in `compute_loss` |
-| `global_state`'s seed generator | the state of `keras.random`, for digests | a public name for it |
 | `model._jit_compile` | what `compile` was asked for, before `jit_compile` resolves it; XLA with determinism, which the setter refuses | an argument of `compile` |
 | `model._compile_loss` | the loss of some predictions, without regularisers | `compute_loss` less `model.losses` |
 | `model._compile_loss._user_loss`, `model._compile_metrics._user_metrics` | what `compile` was given, for the passport | `model.get_compile_config` |
@@ -60,10 +59,11 @@ import tensorflow as tf
 from keras.src.backend.common import global_state
 from keras.src.backend.tensorflow import trainer as tf_trainer
 from keras.src.losses import loss as loss_module
-from keras.src.random import seed_generator
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters import array_data_adapter, array_slicing, data_adapter_utils
 from tensorflow.python.eager import context as tf_context
+
+_GLOBAL_SEED_GENERATOR = "global_seed_generator"  # Keras 3.12 has no name for it
 
 
 def is_trainer(model: Any) -> bool:
@@ -191,7 +191,7 @@ def source_name(adapter) -> str:
 
 def global_seed_generator():
     """Keras's own seed generator, for random ops that were given none; None as long as nobody asked for it."""
-    return global_state.get_global_attribute(seed_generator.GLOBAL_SEED_GENERATOR)
+    return global_state.get_global_attribute(_GLOBAL_SEED_GENERATOR)
 
 
 def distributed(model: keras.Model, dataset):
@@ -336,7 +336,7 @@ def build_optimizer(model: keras.Model) -> None:
 
 def global_seed_state():
     """The state of the seed generator that `keras.random` uses where it is given no seed; None: there is none yet."""
-    generator = global_state.get_global_attribute("global_seed_generator")
+    generator = global_seed_generator()
     return None if generator is None else generator.state
 
 
