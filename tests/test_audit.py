@@ -151,3 +151,26 @@ def test_batches_of_no_fixed_size_and_of_half_precision_are_shown_whole():
         np.testing.assert_array_equal(array, rows[number])
     tap.close()
     tap.settle()
+
+
+def test_what_shows_batches_may_fail_and_the_pipeline_goes_on():
+    def fails(number, array):
+        raise ValueError("no such batch")
+
+    tap = Tap(tf.data.Dataset.range(50).batch(1), [0], lambda number: number >= 0, fails)
+    assert len(list(tap.dataset)) == 50
+    tap.settle()
+    assert tap.failure == "ValueError: no such batch"
+    tap.close()
+
+
+def test_batches_that_have_gone_by_count_for_their_own_pass():
+    x, y = data()
+    source = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH).filter(lambda *_: True)
+    watched = audit.Audit(source, shuffle=False).train
+    batches = len(list(watched.watch(source)))
+    watched.passed(batches)
+    next(iter(watched.watch(source)))
+    assert watched.summary()["batches"] == batches
+    assert watched.surveys[1].batches < batches
+    watched.close()

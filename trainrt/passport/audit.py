@@ -145,7 +145,7 @@ class Watched:
         self._awaited: tuple[int, _Pass] | None = None
         self._cached: tuple[tuple, dict] | None = None
         self._tap: Tap | None = None
-        self._gone = 0  # batches of the pass that began last
+        self._gone = (0, 0)  # a pass, and how many of its batches have gone by
         self._lock = threading.Lock()
         self._kept: list[list[np.ndarray]] = []
         self._kept_rows = 0
@@ -196,7 +196,7 @@ class Watched:
 
     def passed(self, batches: int) -> None:
         """So many batches of the pass that began last have gone by."""
-        self._gone = batches
+        self._gone = self.begun - 1, batches
 
     @property
     def lies_there(self) -> bool:
@@ -243,19 +243,18 @@ class Watched:
         """Returns when all that went by has been seen."""
         if self._tap is not None:
             self._tap.settle()
-        seen = self.surveys.get(self.begun - 1)
+            self.unseen = self._tap.failure or self.unseen
+        number, batches = self._gone
+        seen = self.surveys.get(number)
         if seen is not None and seen.batches:
-            seen.passed(self._gone)
+            seen.passed(batches)
 
     def _look(self, number: int | None, *arrays: np.ndarray) -> None:
         """A batch of the pass that began last goes by."""
-        try:
-            seen = self.surveys[max(self.surveys)]
-            if seen.full:
-                self._keep(arrays)
-            seen.see(*arrays, number=number)
-        except Exception as error:  # a fault of ours must not take the training down
-            self.unseen = f"{type(error).__name__}: {error}"[:500]
+        seen = self.surveys[max(self.surveys)]
+        if seen.full:
+            self._keep(arrays)
+        seen.see(*arrays, number=number)
 
     def _keep(self, arrays: Sequence[np.ndarray]) -> None:
         """Copies the first rows that go by, for `first_rows`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from trainrt import doors
@@ -33,6 +34,7 @@ class Tap:
 
     Attributes:
       dataset: The same elements in the same order.
+      failure: What `show` raised last; None: nothing. The pipeline goes on.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Tap:
     ):
         self.source = source
         self._show = show
+        self.failure: str | None = None
         specs = tf.nest.flatten(source.element_spec)
         self._types = [specs[i].dtype for i in indices]
         self._shapes = [specs[i].shape for i in indices]
@@ -93,10 +96,14 @@ class Tap:
                 if number == _SETTLE:
                     self._settled.set()
                     continue
-                tensors = tf.raw_ops.OptionalGetValue(
-                    optional=reference, output_types=self._types, output_shapes=self._shapes
-                )
-                self._show(number, *(tensor.numpy() for tensor in tensors))
+                try:
+                    self._show(number, *self._arrays_of(reference))
+                except Exception as error:  # without this thread the pipeline would wait for ever
+                    self.failure = f"{type(error).__name__}: {error}"[:500]
+
+    def _arrays_of(self, reference: tf.Tensor) -> list[np.ndarray]:
+        tensors = tf.raw_ops.OptionalGetValue(optional=reference, output_types=self._types, output_shapes=self._shapes)
+        return [tensor.numpy() for tensor in tensors]
 
 
 def _all_finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
