@@ -67,6 +67,14 @@ def test_an_input_pipeline_that_is_too_slow_is_named_with_what_it_lacks():
     assert "Map" in finding.message, "the trace names the stage"
 
 
+def test_the_stage_that_is_named_works_and_does_not_wait():
+    waits = {"seconds": {"input": 8.0, "step": 2.0}, "wall_s": 10.0, "input_known": True, "pipeline": ["Map"]}
+    of_stages = {"Iterator::Root::Prefetch": 0.0164, "Iterator::Root": 0.02, "Iterator::Root::Prefetch::Map": 0.0163}
+    run = Run.synthetic(documents=[Document("timing", 9, waits), Document("trace", 9, {"data": of_stages})])
+    (finding,) = [finding for finding in diagnose(run) if finding.rule == "input_bound"]
+    assert "by itself is Map, 16.3 ms a step" in finding.message
+
+
 def test_a_slow_callback_is_named():
     class Plotting(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):

@@ -27,6 +27,8 @@ RETRACED, RETRACED_S, RETRACED_SHARE = 5, 0.5, 0.05
 """Traces of one function, at as many different steps, that cost so many seconds and such a share of the time."""
 SLOWER, SLOWER_S = 1.5, 5.0
 """Growth of the median step time from the first fifth to the last, and the seconds that it must have cost."""
+WAITING = ("Prefetch", "Root")
+"""Stages of a pipeline whose own time is the wait for a stage below, which works in another thread."""
 SHORT_KERNEL_S, LAUNCH_IDLE = 20e-6, 0.3
 """A launch costs some 5 to 10 us of the host: kernels whose median is so short, on a card idle for such a share."""
 
@@ -53,7 +55,8 @@ def input_bound(run: Run) -> Iterator[Finding]:
     if not timing.get("input_known") or waited < NOTICED_S or waited < LARGE * training:
         return
     stages = dict(run.document("trace").get("data") or {})
-    slowest = max(stages, key=lambda name: stages[name], default="")
+    working = (name for name in stages if name.rpartition("::")[2] not in WAITING)
+    slowest = max(working, key=lambda name: stages[name], default="")
     told = (
         f" The stage that takes most by itself is {slowest.rpartition('::')[2]}, {_ms(stages[slowest])} a step."
         if slowest
