@@ -39,6 +39,7 @@ import tensorflow as tf
 import trainrt
 from trainrt.device import retracing, telemetry, timing, trace
 from trainrt.loop import step, training
+from trainrt.update import native_ops
 
 BATCH = 32
 MODES = ("bare", "clock", "later", "telemetry", "all", "all later")
@@ -171,8 +172,11 @@ def traced(rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def clock_us(rounds: int = 60, steps: int = 300) -> tuple[float, float]:
-    """Processor time that the clock adds to a step, in microseconds: of its end, and of its end and its batch."""
+def clock_us(native: bool, rounds: int = 60, steps: int = 300) -> tuple[float, float]:
+    """Processor time that the clock adds to a step, in microseconds: of its end, and of its end and its batch.
+
+    `native`: in the op that makes the row in any case, as where the kernels are there, or by TensorFlow's ops behind it.
+    """
 
     def compiled(stamps: int):
         row_size = 256
@@ -180,11 +184,12 @@ def clock_us(rounds: int = 60, steps: int = 300) -> tuple[float, float]:
         @tf.function
         def run():
             def body(number, x, rows):
-                ready = step._now_after(number) if stamps > 1 else tf.constant(0.0, tf.float64)
+                ready = step._now_after(number, native) if stamps > 1 else tf.constant(0.0, tf.float64)
                 x = tf.sin(x)
-                row = x
-                if stamps:
-                    row = tf.concat([x, tf.stack([ready, step._now_after(x)])], 0)
+                if native:
+                    row = native_ops.row([x, ready] if stamps else [x], timed=stamps > 0)
+                else:
+                    row = tf.concat([x, tf.stack([ready, step._now_after(x)])], 0) if stamps else x
                 return number + 1, x, rows.write(number, row)
 
             rows = tf.TensorArray(tf.float64, size=steps, element_shape=[row_size + 2 * bool(stamps)])
@@ -246,11 +251,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name begins so")
     arguments = parser.parse_args()
     print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} cores; bare = 1")
-    end, both = clock_us()
-    print(
-        f"the clock: {end:.1f} us a step, {both:.1f} where batches are waited for, {call_us():.1f} a call; telemetry: ",
-        end="",
-    )
+    for native in (True, False):
+        end, both = clock_us(native)
+        print(
+            f"the clock, {'own' if native else 'TensorFlow'} ops: {end:.2f} us a step, {both:.2f} where batches are waited for"
+        )
+    print(f"the clock: {call_us():.1f} us a call; telemetry: ", end="")
     print(f"{telemetry_share():.2%} of a core")
     print(f"{'case':14} {'mode':10} {'processor time, median (quartiles)':36} {'us a step':>9}")
     for case in (case for case in CASES if case.startswith(arguments.only)):

@@ -2,6 +2,7 @@
 #include "bind.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -144,6 +145,82 @@ class UpdateOp : public UpdateBase {
  private:
   const Rule* steps_ = nullptr;
 };
+
+double seconds_since_1970() {
+  return std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+
+// Numbers of several tensors, one behind the other, as float64: in one op, as each costs a step of a small model half a
+// microsecond.
+class RowOp : public tf::OpKernel {
+ public:
+  explicit RowOp(tf::OpKernelConstruction* construction) : OpKernel(construction) {
+    OP_REQUIRES_OK(construction, construction->GetAttr("timed", &timed_));
+  }
+  bool IsExpensive() override { return false; }  // else it may be handed to another thread
+  void Compute(tf::OpKernelContext* context) override {
+    int64_t size = timed_;
+    for (int i = 0; i < context->num_inputs(); ++i) size += context->input(i).NumElements();
+    tf::Tensor* row = nullptr;
+    OP_REQUIRES_OK(context, context->allocate_output(0, {size}, &row));
+    double* to = row->flat<double>().data();
+    for (int i = 0; i < context->num_inputs(); ++i) {
+      const tf::Tensor& part = context->input(i);
+      switch (part.dtype()) {
+        case tf::DT_FLOAT: to = put<float>(part, to); break;
+        case tf::DT_DOUBLE: to = put<double>(part, to); break;
+        case tf::DT_BFLOAT16: to = put<tf::bfloat16>(part, to); break;
+        default: to = put<Eigen::half>(part, to);
+      }
+    }
+    if (timed_) *to = seconds_since_1970();
+  }
+
+ private:
+  bool timed_ = false;
+
+  template <typename T>
+  static double* put(const tf::Tensor& part, double* to) {
+    const auto values = part.flat<T>();
+    for (int64_t i = 0; i < values.size(); ++i) *to++ = static_cast<double>(values(i));
+    return to;
+  }
+};
+
+class NowOp : public tf::OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  bool IsExpensive() override { return false; }
+  void Compute(tf::OpKernelContext* context) override {
+    tf::Tensor* seconds = nullptr;
+    OP_REQUIRES_OK(context, context->allocate_output(0, {}, &seconds));
+    seconds->scalar<double>()() = seconds_since_1970();
+  }
+};
+
+REGISTER_OP("TrainrtRow")
+    .Input("parts: T")
+    .Output("row: double")
+    .Attr("T: list({float, double, bfloat16, half}) >= 1")
+    .Attr("timed: bool")  // whether the last number is when the row was there, in seconds since 1970
+    .SetIsStateful()
+    .SetShapeFn([](tf::shape_inference::InferenceContext* c) {
+      bool timed = false;
+      TF_RETURN_IF_ERROR(c->GetAttr("timed", &timed));
+      tf::shape_inference::DimensionHandle size = c->MakeDim(timed ? 1 : 0);
+      for (int i = 0; i < c->num_inputs(); ++i) TF_RETURN_IF_ERROR(c->Add(size, c->NumElements(c->input(i)), &size));
+      c->set_output(0, c->Vector(size));
+      return absl::OkStatus();
+    });
+REGISTER_KERNEL_BUILDER(Name("TrainrtRow").Device(tf::DEVICE_CPU), RowOp);
+
+REGISTER_OP("TrainrtNow")
+    .Input("after: T")
+    .Output("seconds: double")  // since 1970, when `after` was there
+    .Attr("T: type")
+    .SetIsStateful()
+    .SetShapeFn(tf::shape_inference::ScalarShape);
+REGISTER_KERNEL_BUILDER(Name("TrainrtNow").Device(tf::DEVICE_CPU), NowOp);
 
 REGISTER_OP("TrainrtMeasure")
     .Input("tensors: T")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -49,6 +50,18 @@ def test_moments_are_those_of_float64_at_every_size(dtype):
     rows = native_ops.measure(tensors).numpy()
     for row, tensor in zip(rows, tensors, strict=True):
         check(row, tensor)
+
+
+def test_a_row_is_its_parts_one_behind_the_other_and_when_it_was_there():
+    parts = [tf.constant([[1.5, -2.0]], tf.float64), *(tensor_of(3.25, dtype) for dtype in DTYPES), tf.zeros([0, 4])]
+    np.testing.assert_array_equal(native_ops.row(parts), [1.5, -2.0, 3.25, 3.25, 3.25, 3.25])
+    before = time.time()
+    *row, last = native_ops.row(parts[:2], timed=True).numpy()
+    assert row == [1.5, -2.0, 3.25]
+    now = float(native_ops.now(tf.constant(True)))
+    assert before - 1e-3 <= last <= now <= time.time() + 1e-3
+    traced = tf.function(native_ops.row).get_concrete_function(parts, timed=True)
+    assert traced.structured_outputs.shape == [7]
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,9 @@ import trainrt
 from trainrt.device import timing
 from trainrt.device.retracing import Retracing
 from trainrt.device.timing import Timing
+from trainrt.loop import step
 from trainrt.loop.step import Step
+from trainrt.update import native, native_ops
 
 
 def model_of(**compiled):
@@ -57,21 +59,25 @@ def test_steps_and_waits_are_those_of_the_clock_in_the_loop():
     assert clock.seconds["first_call"] == 5.0
     assert clock.seconds["input"] == pytest.approx(2.5)
     assert clock.seconds["step"] == pytest.approx(7.5)
-    gathered = clock.call(4, 2, 20.0, 22.0, np.array([[0.0, 21.0], [0.0, 22.0]]))
+    gathered = Timing().call(4, 2, 20.0, 22.0, np.array([[0.0, 21.0], [0.0, 22.0]]))
     assert np.isnan(gathered[:, 1]).all(), "what the loop gathers by itself is not waited for"
     unknown = clock.call(6, 4, 30.0, 32.0, None)
     np.testing.assert_allclose(unknown[:, 0], 0.5)
 
 
-def test_short_steps_are_clocked_in_one_call_of_many_and_the_waits_of_the_others_estimated(monkeypatch):
+@pytest.mark.parametrize("own", [False, True])
+def test_short_steps_are_clocked_in_one_call_of_many_and_the_waits_of_the_others_estimated(monkeypatch, own):
     monkeypatch.setattr(timing, "SPARED_AFTER_S", 0.0)
-    short = timing.CLOCK_S / timing.CLOCK_SHARE / 2
     clock, now, clocked = Timing(), 0.0, []
+    clock.clock_s = 2e-6
+    short = clock.clock_s / timing.CLOCK_SHARE / 2
     for number in range(4 * timing.ONE_IN):
         ends = now + short * np.arange(1, 9)
         rows = np.stack([ends - 0.75 * short, ends], axis=1)  # a quarter of each step is a wait
         clocked.append(clock.clocks)
-        times = clock.call(8 * number, 8, now, ends[-1], rows if clocked[-1] else None)
+        # A step that notes its times by itself goes on to say when it was done.
+        spared = np.stack([np.zeros(8), ends], axis=1) if own else None
+        times = clock.call(8 * number, 8, now, ends[-1], rows if clocked[-1] else spared)
         np.testing.assert_allclose(times[:, :2], [[short, 0.25 * short]] * 8, rtol=1e-6)
         now = ends[-1]
     assert clocked[:2] == [True, True]
@@ -84,7 +90,9 @@ def test_short_steps_are_clocked_in_one_call_of_many_and_the_waits_of_the_others
 
 def test_steps_that_take_longer_are_clocked_each(monkeypatch):
     monkeypatch.setattr(timing, "SPARED_AFTER_S", 0.0)
-    clock, long = Timing(), timing.CLOCK_S / timing.CLOCK_SHARE * 1.5
+    clock = Timing()
+    clock.clock_s = 2e-6
+    long = clock.clock_s / timing.CLOCK_SHARE * 1.5
     for number in range(50):
         assert clock.clocks
         clock.call(number, 1, number * long, (number + 1) * long, np.array([[number * long, (number + 1) * long]]))
@@ -96,7 +104,7 @@ def test_a_loop_without_a_clock_trains_the_same_bits(monkeypatch):
     monkeypatch.setattr(Step, "run", lambda self, *given: (seen.append(given[-1]), run(self, *given))[1])
     for after in (1e9, 0.0):
         monkeypatch.setattr(timing, "SPARED_AFTER_S", after)
-        monkeypatch.setattr(timing, "CLOCK_S", 1.0)  # every step is short
+        monkeypatch.setattr(Step, "clock_s", 1.0)  # every step is short
         dataset = tf.data.Dataset.from_tensor_slices(data(640)).batch(8)
         model = model_of()
         history = trainrt.fit(model, dataset, verbose=0, epochs=12, shuffle=False)
@@ -141,6 +149,45 @@ def test_a_real_run_tells_its_steps(way):
     assert np.isnan(wait_s).all() or (wait_s <= step_s).all()
     assert np.isnan(wait_s).all() == (way not in ("dataset", "eager"))
     assert sum(content["seconds"].values()) == pytest.approx(content["wall_s"], rel=1e-6)
+
+
+@pytest.mark.parametrize("way", ["arrays", "dataset"])
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"observe": 3}, {"digests": 1}, {"digests": 4, "observe": 2}, {"on_nonfinite": "skip"}, {"trace": (10, 12)}],
+    ids=str,
+)
+def test_the_record_is_the_same_whether_a_step_notes_its_times_or_the_loop_or_nobody(way, asked, monkeypatch):
+    x, y = data()
+    seen = []
+    for clock, own in ((True, True), (True, False), (False, False)):
+        keras.backend.clear_session()  # so that names are alike
+        monkeypatch.setattr(step, "CLOCK", clock)
+        monkeypatch.setattr(native_ops, "rows_here", lambda own=own: own and native.load() is not None)
+        arrays = (tf.data.Dataset.from_tensor_slices((x, y)).batch(8),) if way == "dataset" else (x, y)
+        keywords = {"shuffle": False} if way == "dataset" else {"batch_size": 8}
+        history = trainrt.fit(model_of(), *arrays, verbose=0, epochs=2, **keywords, **asked)
+        run = history.run
+        names = [name for name in run.roster.scalars if name not in ("step_s", "input_wait_s", "between_s")]
+        values = [run[name] for name in ("gradient_rms", "update_ratio")] + [run.scalar(name) for name in names]
+        digests = json.dumps([d.content for d in run.documents if d.kind == "digests"])
+        seen.append((values, digests))
+        if clock:
+            assert (run.scalar("step_s") > 0).all()
+            assert np.isnan(run.scalar("input_wait_s")).all() == (way == "arrays")
+    for values, digests in seen[1:]:
+        assert digests == seen[0][1]
+        for one, other in zip(values, seen[0][0], strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.skipif(native.load() is None, reason=str(native.status().reason))
+def test_every_step_of_gathered_batches_has_a_time_of_its_own():
+    x, y = data()
+    history = trainrt.fit(model_of(), x, y, batch_size=8, verbose=0, epochs=4)
+    step_s = history.run.scalar("step_s")
+    assert len(step_s) == 128
+    assert len(np.unique(step_s)) > 64
 
 
 def test_waiting_for_a_slow_input_counts_as_input():

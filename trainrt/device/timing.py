@@ -35,8 +35,8 @@ MEMORY, FRESH, WORST = 512, 32, 20
 """Steps whose median a straggler is measured by, after how many it is taken again, and how many stragglers are kept:
 the worst."""
 
-CLOCK_S, CLOCK_SHARE = 2.1e-6, 0.005
-"""What the clock takes of a step whose batch is waited for (`benchmarks/trace.py`), and what it may take of it."""
+CLOCK_SHARE = 0.005
+"""What the clock may take of a step."""
 
 SPARED_AFTER_S, ONE_IN = 20.0, 16
 """Steps too short for it are clocked in one call of so many, once a training has gone on for so long: the loop without
@@ -52,6 +52,7 @@ class Timing:
     Attributes:
       seconds: Part of `PARTS` -> seconds so far; "host" is known when it is told.
       steps: Steps so far, the first call's included.
+      clock_s: What the clock takes of a step whose batch is waited for.
     """
 
     def __init__(self, data: str = "", pipeline: Sequence[str] = ()):
@@ -61,6 +62,7 @@ class Timing:
         self._pipeline = list(pipeline)
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self.steps = 0
+        self.clock_s = 0.0
         self._calls = 0
         self._waited = False
         self._waited_share = 0.0
@@ -101,7 +103,8 @@ class Timing:
           the end of the call before (0 but for the first step).
         """
         told = _told(steps, begun, ended, clock)
-        if clock is None and self._waited:
+        spared = self._waited and (clock is None or not clock[0, 0])
+        if spared:
             self._unclocked += 1
             told[:, 1] = told[:, 0] * self._waited_share
         if self._end is not None and steps:
@@ -109,7 +112,7 @@ class Timing:
         self._end = ended
         self._calls += 1
         self.steps += steps
-        if self._calls == 1 or (clock is None and self._unclocked == 1):  # it compiles
+        if self._calls == 1 or (spared and self._unclocked == 1):  # it compiles
             self._add("first_call", ended - begun)
             return told
         if traced:
@@ -121,13 +124,13 @@ class Timing:
         known = waited == waited
         waited = waited if known else 0.0
         self._waited |= known
-        if clock is not None and known:
+        if known and not spared:
             self._waited_share = waited / max(spent, 1e-9)
         self._add("input", waited)
         self._add("step", max(ended - begun - waited, 0.0))
         self._straggle(first, told)
         long_enough = time.perf_counter() - self._begun > SPARED_AFTER_S
-        self._spared = self._waited and long_enough and CLOCK_SHARE * self._usual < CLOCK_S
+        self._spared = self._waited and long_enough and CLOCK_SHARE * self._usual < self.clock_s
         return told
 
     def _straggle(self, first: int, told: np.ndarray) -> None:

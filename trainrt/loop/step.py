@@ -25,7 +25,7 @@ from trainrt.distribution import replicas
 from trainrt.endurance.poison import Guard
 from trainrt.loop import resident
 from trainrt.record.vocabulary import Roster
-from trainrt.update import native
+from trainrt.update import native, native_ops
 from trainrt.update.observer import Observer
 from trainrt.update.origin import Origins
 
@@ -36,8 +36,8 @@ CLOCK = True
 """Whether the loop notes when a batch was there and when a step was done; False only to measure what that costs."""
 
 CLOCKED_S = 4e-4
-"""Shortest step that is clocked one by one where no batch is waited for: the clock takes some 1.5 microseconds. Where
-batches are waited for `timing` clocks one call in many of steps that turn out to be shorter."""
+"""Shortest step that TensorFlow's own ops clock where no batch is waited for: they take some 1.5 microseconds. Where
+batches are waited for `timing` clocks one call in many of steps that turn out to be too short."""
 
 
 class Outcome(NamedTuple):
@@ -111,6 +111,9 @@ class Step:
         self.unseen: str | None = None
         self.paths: dict[str, str] = {}
         self._traced: list = []
+        # Whether each step notes by itself when its batch was there, which it is given, and when it was done.
+        own = self._kernels and native_ops.rows_here() and not self._several and not model.run_eagerly
+        self._stamps = bool(every) and CLOCK and own
         self._plain = self._compiled(measuring=False)
         self._observed = self._compiled(measuring=True)
         self._digested = self._compiled(measuring=bool(every), digesting=True)
@@ -120,10 +123,10 @@ class Step:
         self._spec: Any = None
 
     def _compiled(self, measuring: bool, digesting: bool = False):
-        """One step on a batch -> (logs, vector), wrapped as Keras wraps it."""
+        """One step on a batch, and when that was there if it `_stamps` -> (logs, row), wrapped as Keras wraps it."""
         model, strategy = self._model, self._strategy
 
-        def replica_step(data):
+        def replica_step(data, *ready):
             watching = measuring or self.guard is not None
             observer = Observer(
                 self._optimizers,
@@ -140,7 +143,7 @@ class Step:
                     logs = self.guard.step(observer, lambda: model.train_step(data), model.get_metrics_result)
                 else:
                     logs = model.train_step(data)
-            vector = self._noted(observer, logs, measuring)
+            vector = self._noted(observer, logs, measuring, *ready)
             if collector:
                 digests = collector.row()
                 self.digest_names = collector.names
@@ -149,8 +152,8 @@ class Step:
             return logs, tf.concat([vector, digests], 0) if self._digest_every else vector
 
         @tf.autograph.experimental.do_not_convert
-        def one_step(data):
-            outputs = strategy.run(replica_step, args=(data,))
+        def one_step(data, *ready):
+            outputs = strategy.run(replica_step, args=(data, *ready))
             return doors.reduce_logs(outputs, strategy)
 
         @tf.autograph.experimental.do_not_convert
@@ -173,17 +176,18 @@ class Step:
             return one_step_together if model.run_eagerly else _function(one_step_together)
         return one_step if model.run_eagerly else _function(one_step, jit_compile=model.jit_compile)
 
-    def _noted(self, observer: Observer, logs: Any, measuring: bool) -> tf.Tensor:
+    def _noted(self, observer: Observer, logs: Any, measuring: bool, *ready: tf.Tensor) -> tf.Tensor:
         """Keeps what the trace of a step tells; returns the step's vector, zeros where nothing is measured."""
         self.paths = observer.paths
         if not measuring:
-            return tf.zeros([self._width], tf.float64)
-        vector = observer.pack(logs)
+            return _stamped(tf.zeros([self._width], tf.float64), *ready)
         if self.guard:
-            vector = self.guard.mask(observer, vector)
+            vector = _stamped(self.guard.mask(observer, observer.pack(logs)), *ready)
+        else:
+            vector = observer.pack(logs, *ready)
         self.unseen = observer.unseen
         self.roster = None if self.unseen else observer.roster()
-        self._width = vector.shape[0]
+        self._width = vector.shape[0] - 2 * len(ready)
         return vector
 
     def prepare(self, element_spec) -> None:
@@ -196,15 +200,19 @@ class Step:
         spec = self._spec = _without_optionals(element_spec)
         traced = []
         if self._digest_every:
-            traced.append(self._digested.get_concrete_function(spec))
+            traced.append(self._concrete(self._digested, spec))
             self.every = 0 if self.unseen else self.every
         if self.every and self._digest_every != 1:
-            traced.append(self._observed.get_concrete_function(spec))
+            traced.append(self._concrete(self._observed, spec))
             if self.unseen:
                 self._see_nothing()
         if self.every != 1 and self._digest_every != 1:
-            traced.append(self._plain.get_concrete_function(spec))
+            traced.append(self._concrete(self._plain, spec))
         self._traced = traced
+
+    def _concrete(self, step, spec):
+        """The traced step for such a batch."""
+        return step.get_concrete_function(spec, *[tf.TensorSpec([], tf.float64)] * self._stamps)
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -226,8 +234,13 @@ class Step:
         return max(self.every, 1)
 
     @property
+    def clock_s(self) -> float:
+        """What the clock takes of a step whose batch is waited for (`benchmarks/trace.py`)."""
+        return 0.55e-6 if self._stamps else 2.1e-6
+
+    @property
     def _clocked(self) -> bool:
-        """Whether the loop takes the time of each step: TensorFlow's clock raises when its ops are deterministic."""
+        """Whether the loop may take the time of a step: TensorFlow's clock raises when its ops are deterministic."""
         return bool(self.every) and CLOCK and not modes.is_enabled()
 
     def graph(self, element_spec) -> tf.Graph | None:
@@ -235,7 +248,7 @@ class Step:
         if self._model.run_eagerly:
             return None
         step = self._digested if self._digest_every == 1 else self._observed if self.every else self._plain
-        return step.get_concrete_function(_without_optionals(element_spec)).graph
+        return self._concrete(step, _without_optionals(element_spec)).graph
 
     def _see_nothing(self) -> None:
         """Goes on with the step that was traced, though it shows nothing: one trace more could draw random numbers."""
@@ -248,8 +261,8 @@ class Step:
 
     @property
     def _row(self) -> int:
-        """Numbers that a step leaves behind."""
-        return self._width + 2 * len(self.digest_names)
+        """Numbers that a step leaves behind: its vector, two timestamps if it `_stamps`, its digests."""
+        return self._width + 2 * self._stamps + 2 * len(self.digest_names)
 
     def scopes(self) -> phases.Scopes:
         """What the names of the step's ops are read with, once it has been traced."""
@@ -259,7 +272,7 @@ class Step:
         owners = {id(doors.raw(v).handle): doors.layer_of(v) for v in self._model.variables}
         step = self._observed if self.every and self._digest_every != 1 else self._plain
         step = self._digested if self._digest_every == 1 else step
-        captures = step.get_concrete_function(self._spec).graph.captures
+        captures = self._concrete(step, self._spec).graph.captures
         known = [(inside, owners[id(outside)]) for outside, inside in captures if id(outside) in owners]
         reads = [(op.name, layer) for tensor, layer in known for op in tensor.consumers()]
         return phases.Scopes(names, phases.layers_of(reads))
@@ -320,13 +333,13 @@ class Step:
     @tf.autograph.experimental.do_not_convert
     def _iterated(self, iterator, first, steps, clocked=True):
         """Up to `steps` steps on what the iterator gives."""
-        clocked = clocked and self._clocked
+        clocked = clocked and (self._clocked or self._stamps)
 
         def one(ran, train, keep):
             batch = iterator.get_next_as_optional()
             more = batch.has_value()
-            ready = _now_after(more) if clocked else None
-            logs, row = tf.cond(more, lambda: train(_without_optionals(batch.get_value())), lambda: keep)
+            ready = _now_after(more, self._stamps) if clocked else _never()
+            logs, row = tf.cond(more, lambda: train(_without_optionals(batch.get_value()), ready), lambda: keep)
             return more, ready, logs, row
 
         ran, logs, rows, clock = self._loop(iterator.element_spec, one, first, steps, clocked)
@@ -340,30 +353,33 @@ class Step:
 
         def one(ran, train, keep):
             number = batch + tf.cast(ran, tf.int64)
-            return True, None, *train(resident.gather(arrays, order, number, batch_size, element_spec))
+            batch_of_it = resident.gather(arrays, order, number, batch_size, element_spec)
+            return True, _never(), *train(batch_of_it, _never())
 
         return self._loop(element_spec, one, first, steps)
 
     @tf.autograph.experimental.do_not_convert
     def _gathered_one(self, step, batch_size, element_spec, arrays, order, batch):
         """One step on a batch of resident arrays."""
-        return step(resident.gather(arrays, order, batch, batch_size, element_spec))
+        return step(resident.gather(arrays, order, batch, batch_size, element_spec), *[_never()] * self._stamps)
 
     def _loop(self, element_spec, one, first, steps, clocked=None):
         """Steps until there are `steps` of them or the data ends -> (how many, last logs, [steps, D] vectors, clock).
 
         Args:
-          one: (steps so far, train, keep) -> (whether there was a batch, when, logs, row): `train(batch)`, or `keep`.
-          clocked: Whether it takes the time of each step; None: where a step is so long that two timestamps do not
-            slow it down. What the loop gathers by itself is never waited for.
+          one: (steps so far, train, keep) -> (whether there was a batch, when, logs, row): `train(batch, when)`, or
+            `keep`.
+          clocked: Whether it takes the time of each step that does not do so itself; None: where a step is so long that
+            two timestamps do not slow it down. What the loop gathers by itself is never waited for.
         """
         spec = _without_optionals(element_spec)
         step = self._observed if self.every else self._plain
         step = self._digested if self._digest_every == 1 else step
         keeping = self.every or self._digest_every
-        logs_spec = step.get_concrete_function(spec).structured_outputs[0]
+        logs_spec = self._concrete(step, spec).structured_outputs[0]
         if clocked is None:
-            clocked = self._clocked and _seconds(step.get_concrete_function(spec)) > CLOCKED_S
+            clocked = self._clocked and _seconds(self._concrete(step, spec)) > CLOCKED_S
+        clocked = clocked and not self._stamps
         step, observed, plain = self._callable(step), self._callable(self._observed), self._callable(self._plain)
         width = self._row + 2 * clocked
         rows = tf.TensorArray(tf.float64, size=steps if keeping else 0, element_shape=[width])
@@ -371,22 +387,21 @@ class Step:
         def due(every, ran):
             return tf.equal((first + tf.cast(ran, tf.int64)) % every, 0)
 
-        def train(data, ran):
+        def train(given, ran):
             if self._digest_every > 1:
-                return tf.cond(due(self._digest_every, ran), lambda: self._digested(data), lambda: usual(data, ran))
-            return usual(data, ran)
+                return tf.cond(due(self._digest_every, ran), lambda: self._digested(*given), lambda: usual(given, ran))
+            return usual(given, ran)
 
-        def usual(data, ran):
+        def usual(given, ran):
             if self.every <= 1 or self._digest_every == 1:
-                return step(data)
-            return tf.cond(due(self.every, ran), lambda: observed(data), lambda: plain(data))
+                return step(*given)
+            return tf.cond(due(self.every, ran), lambda: observed(*given), lambda: plain(*given))
 
         def body(ran, more, logs, rows):
             keep = (logs, tf.zeros([self._row], tf.float64))
-            more, ready, logs, row = one(ran, lambda data: train(data, ran), keep)
+            more, ready, logs, row = one(ran, lambda *given: train(given[: 1 + self._stamps], ran), keep)
             done = row
             if clocked:  # behind the row: an array of their own would cost as much again
-                ready = tf.constant(0.0, tf.float64) if ready is None else ready
                 done = tf.concat([row, tf.stack([ready, _now_after(row)])], 0)
             if keeping:
                 rows = rows.write(ran, done)
@@ -413,7 +428,14 @@ class Step:
             ),
         )
         rows = rows.stack()
-        return (ran, logs, rows[:, :-2], rows[:, -2:]) if clocked else (ran, logs, rows, None)
+        if clocked:
+            return ran, logs, rows[:, :-2], rows[:, -2:]
+        return ran, logs, *(self._apart(rows) if self._stamps and keeping else (rows, None))
+
+    def _apart(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Rows of steps that note their times -> [steps, D] without these, and [steps, 2] of them."""
+        vectors, clock, digests = tf.split(rows, [self._width, 2, 2 * len(self.digest_names)], axis=1)
+        return tf.concat([vectors, digests], 1) if self.digest_names else vectors, clock
 
     def _callable(self, step):
         """What the loop calls: the compiled step, or its Python function where there are collectives in it.
@@ -466,7 +488,7 @@ class Step:
                             break
                         data = _without_optionals(batch.get_value())
                     ready = time.time()
-                    logs, vector = step(data)
+                    logs, vector = step(data, *[_never()] * self._stamps)
                 if marked:
                     _wait_for(logs)
             if observed and self.unseen:
@@ -479,7 +501,8 @@ class Step:
             logs = replicas.results(self._model, logs)
         if not vectors or not (self.every or self._digest_every):
             return Outcome(len(vectors), logs, None)
-        return self._outcome(len(vectors), logs, tf.stack(vectors), clock)
+        rows = tf.stack(vectors)
+        return self._outcome(len(vectors), logs, self._apart(rows)[0] if self._stamps else rows, clock)
 
 
 def _function(python_function, **options):
@@ -498,10 +521,22 @@ def _seconds(function) -> float:
     return total
 
 
-def _now_after(tensor) -> tf.Tensor:
+def _now_after(tensor, native: bool = False) -> tf.Tensor:
     """Seconds since 1970 once a tensor is there; of a GPU's tensor, once its kernels have been launched."""
+    if native:
+        return native_ops.now(tensor)
     with tf.control_dependencies([tensor]), tf.device("CPU"):
         return tf.timestamp()
+
+
+def _never() -> tf.Tensor:
+    """When a batch was there that is not waited for."""
+    return tf.constant(0.0, tf.float64)
+
+
+def _stamped(vector: tf.Tensor, *ready: tf.Tensor) -> tf.Tensor:
+    """The vector of a step and, of one that notes its times, when its batch was there and when it was done."""
+    return native_ops.row([vector, *ready], timed=True) if ready else vector
 
 
 def _wait_for(logs) -> None:

@@ -400,6 +400,7 @@ class Training:
             step = Step(self._model, *key, Guard(self._model, *asked) if guarded else None, *more)
             function._trainrt = ((key, asked, more), step, Cost())
         step, self.probe.cost = function._trainrt[1:]
+        self.timing.clock_s = step.clock_s
         if step.guard:
             step.guard.reset()
         if step.origins:

@@ -158,6 +158,34 @@ def update(
     )
 
 
+def rows_here() -> bool:
+    """Whether `row` and `now` may be used: no tensor is on a GPU, from which either would fetch it."""
+    return native.load() is not None and not tf.config.list_logical_devices("GPU")
+
+
+ROW_DTYPES = (tf.float32, tf.float64, tf.bfloat16, tf.float16)
+
+
+@tf.autograph.experimental.do_not_convert
+def row(parts: Sequence[tf.Tensor], timed: bool = False) -> tf.Tensor:
+    """The numbers of several tensors, at least one of any float dtype and shape, one behind the other.
+
+    Args:
+      parts: The tensors, on the host.
+      timed: Whether to add when the row was there, in seconds since 1970.
+
+    Returns:
+      [numbers] float64.
+    """
+    return _ops().trainrt_row(parts=list(parts), timed=timed)
+
+
+@tf.autograph.experimental.do_not_convert
+def now(after: tf.Tensor) -> tf.Tensor:
+    """[] float64, seconds since 1970 when a tensor was there."""
+    return _ops().trainrt_now(after=after)
+
+
 def _or_empty(tensor: tf.Tensor | None, shape: list[int]) -> tf.Tensor:
     return tf.zeros(shape, tf.float64) if tensor is None else tensor
 

@@ -208,21 +208,23 @@ class Observer:
                 values[f"bias_correction{suffix}"] = call.seen.correction
         return values
 
-    def pack(self, logs: dict[str, tf.Tensor]) -> tf.Tensor:
+    def pack(self, logs: dict[str, tf.Tensor], *ready: tf.Tensor) -> tf.Tensor:
         """Everything seen in the step as one vector, laid out as `unpack` reads it.
 
         Args:
           logs: What the train step returned; its "loss" stands in where the step computes its loss in its own way.
+          ready: When the batch of the step was there, in seconds since 1970: then the vector ends in this, and in when
+            it was made. For the native ops only.
 
         Returns:
           [P * S * 6 + P * J + K] float64; empty when nothing was seen, and then `unseen` says why.
         """
         if not self._seen():
-            return tf.zeros([0], tf.float64)
+            return native_ops.row(ready, timed=True) if ready else tf.zeros([0], tf.float64)
         with tf.name_scope(phases.STATISTICS):
-            return self._packed(logs)
+            return self._packed(logs, ready)
 
-    def _packed(self, logs) -> tf.Tensor:
+    def _packed(self, logs, ready: Sequence[tf.Tensor]) -> tf.Tensor:
         roster = self.roster()
         order = {key: i for i, key in enumerate(self._parameters)}
         whole = self._applies[0].seen
@@ -235,6 +237,9 @@ class Observer:
         scalars = self._scalars()
         if scalars["loss"] is None:
             scalars["loss"] = logs.get("loss") if isinstance(logs, dict) else None
+        if self._kernels and native_ops.rows_here():
+            values = [_one(value) for value in scalars.values()]
+            return native_ops.row([cube, joint, *values, *ready], timed=bool(ready))
         vector = [
             tf.reshape(cube, [-1]),
             tf.reshape(joint, [-1]),
@@ -337,6 +342,12 @@ def _scalar(value) -> tf.Tensor:
         return tf.constant(NAN, tf.float64)
     value = tf.cast(value, tf.float64)
     return value if value.shape.rank == 0 else tf.reduce_mean(value)
+
+
+def _one(value) -> tf.Tensor:
+    """A scalar as `native_ops.row` takes it: in its own dtype where it can."""
+    here = tf.is_tensor(value) and value.shape.rank == 0 and value.dtype in native_ops.ROW_DTYPES
+    return value if here else _scalar(value)
 
 
 def _placed(call: _Apply, rows: tf.Tensor | None, order: dict[int, int]) -> tf.Tensor | None:
