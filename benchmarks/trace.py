@@ -175,7 +175,7 @@ def traced(rounds: int) -> dict[str, list[float]]:
 def clock_us(native: bool, rounds: int = 60, steps: int = 300) -> tuple[float, float]:
     """Processor time that the clock adds to a step, in microseconds: of its end, and of its end and its batch.
 
-    `native`: in the op that makes the row in any case, as where the kernels are there, or by TensorFlow's ops behind it.
+    `native`: in the op that makes the row anyway, as where the kernels are there, or by TensorFlow's ops behind it.
     """
 
     def compiled(stamps: int):
@@ -253,9 +253,8 @@ def main() -> None:
     print(f"TensorFlow {tf.__version__}, Keras {keras.__version__}, {os.cpu_count()} cores; bare = 1")
     for native in (True, False):
         end, both = clock_us(native)
-        print(
-            f"the clock, {'own' if native else 'TensorFlow'} ops: {end:.2f} us a step, {both:.2f} where batches are waited for"
-        )
+        ops = "own" if native else "TensorFlow's"
+        print(f"the clock, {ops} ops: {end:.2f} us a step, {both:.2f} where batches are waited for")
     print(f"the clock: {call_us():.1f} us a call; telemetry: ", end="")
     print(f"{telemetry_share():.2%} of a core")
     print(f"{'case':14} {'mode':10} {'processor time, median (quartiles)':36} {'us a step':>9}")
