@@ -24,7 +24,7 @@ inline __attribute__((always_inline)) bool fits(float product, const float* grad
   if (product != 0) return false;
   Ints bits = {};
   for (int i = 0; i < size; i += kWidth) bits |= magnitudes(load(gradient + i));
-  return any(bits) == 0;
+  return !any(bits);
 }
 
 }  // namespace
@@ -34,9 +34,9 @@ struct Set {
   Floats sum = {}, squares = {};
 };
 
-// Of the lanes of all sets: bits of the largest magnitude, and how many are not zero.
+// Of the lanes of all sets: bits of the largest and of the smallest magnitude.
 struct Range {
-  Ints top = {}, nonzero = {};
+  Ints top = {}, least = Ints{} + 0x7fffffff;
 };
 
 struct Sums {
@@ -48,9 +48,21 @@ namespace {
 
 inline __attribute__((always_inline)) void fold(Floats v, Ints magnitude, Set& into, Range& range) {
   range.top = range.top > magnitude ? range.top : magnitude;
-  range.nonzero += is_not_zero(magnitude);
+  range.least = range.least < magnitude ? range.least : magnitude;
   into.sum += v;
   into.squares += v * v;
+}
+
+// How many of the values, a whole number of strides, are zero: asked for where the smallest magnitude of a block is.
+template <typename ValueAt>
+inline __attribute__((always_inline)) int64_t zeros_of(int size, ValueAt value_at) {
+  Ints nonzero = {};
+  for (int i = 0; i < size; i += kWidth) nonzero += is_not_zero(magnitudes(value_at(i)));
+  return size - total(nonzero);
+}
+
+inline __attribute__((always_inline)) bool has_zero(const Range& range) {
+  return __builtin_expect(any(range.least == 0), 0);
 }
 
 // Whether squares fit float32 at a scale.
@@ -97,12 +109,10 @@ double Lanes::total() const {
   return sum;
 }
 
-// Takes the sums of one block, a whole number of strides. False, with nothing folded, if they do not fit float32.
-inline __attribute__((always_inline)) bool BlockFold::take(const Sums& sums, int size, float scale) {
+// Takes the sums of one block. False, with nothing folded, if they do not fit float32. Zeros are not among them.
+inline __attribute__((always_inline)) bool BlockFold::take(const Sums& sums, float scale) {
   if (!Limits(scale).hold(sums.range.top)) return false;
-  summed_ += size;
   top_ = top_ > sums.range.top ? top_ : sums.range.top;
-  nonzero_ += sums.range.nonzero;
   const double back = scale == 1.0f ? 1.0 : 1.0 / static_cast<double>(scale);
   sum_.add([&](int j) { return sums.set[j].sum; }, back);
   sumsq_.add([&](int j) { return sums.set[j].squares; }, back * back);
@@ -120,7 +130,10 @@ inline __attribute__((always_inline)) bool BlockFold::sum_block(const float* x, 
       fold(kScaled ? v * factor : v, magnitudes(v), sums.set[j], sums.range);
     }
   }
-  if (take(sums, size, kScaled ? scale_ : 1.0f)) return true;
+  if (take(sums, kScaled ? scale_ : 1.0f)) {
+    if (has_zero(sums.range)) zeros_ += zeros_of(size, [&](int i) { return load(x + i); });
+    return true;
+  }
   seen_ = largest(sums.range.top);
   return false;
 }
@@ -135,7 +148,7 @@ void BlockFold::add(const float* x, int size, const float* ahead) {
     memset(padded + size, 0, padding * sizeof(float));
     x = padded;
     size += padding;
-    summed_ -= padding;
+    zeros_ -= padding;
   }
   if (__builtin_expect(scale_ == 1.0f && sum_block<false>(x, size, ahead), 1)) return;
   add_with_care(x, size, padded);
@@ -154,7 +167,7 @@ __attribute__((noinline)) void BlockFold::add_with_care(const float* x, int size
       scratch[i] = finite ? x[i] : 0.0f;
     }
     rare_.nonfinite += nonfinite;
-    summed_ -= nonfinite;
+    zeros_ -= nonfinite;
     x = scratch;
     if (sum_block<false>(x, size, x)) return;
   }
@@ -179,7 +192,7 @@ Moments BlockFold::moments() const {
   m.sumsq += sumsq_.total();
   const double absmax = exact(float_of(static_cast<uint32_t>(largest(top_))));
   m.absmax = absmax > m.absmax ? absmax : m.absmax;
-  m.zeros += summed_ - total(nonzero_);
+  m.zeros += zeros_;
   return m;
 }
 
@@ -197,7 +210,7 @@ void StepFold::add(const float* gradient, bool known, const float* before, const
   for (BlockFold* one : {known ? nullptr : &gradient_, &update_, &weight_}) {
     if (!one) continue;
     one->count_ += size;
-    one->summed_ -= padding;
+    one->zeros_ -= padding;
   }
   if (__builtin_expect(padding != 0, 0)) {
     const float** const all[] = {&gradient, &before, &after};
@@ -215,7 +228,6 @@ template <bool kKnown>
 void StepFold::add_strides(const float* gradient, const float* before, const float* after, int size) {
   Sums gradients, updates, weights;
   Floats products[kSets];
-  Ints either = {};  // gradient or update is not zero
   for (int j = 0; j < kSets; ++j) {  // one set after the other, as all do not fit the registers
     Set of_gradient, of_update, of_weight;
     Floats product = {};
@@ -225,11 +237,9 @@ void StepFold::add_strides(const float* gradient, const float* before, const flo
         __builtin_prefetch(after + kAhead + i, 0, 1);
       }
       const Floats g = load(gradient + i), w = load(after + i), u = w - load(before + i);
-      const Ints of_g = magnitudes(g), of_u = magnitudes(u);
-      if (!kKnown) fold(g, of_g, of_gradient, gradients.range);
-      fold(u, of_u, of_update, updates.range);
+      if (!kKnown) fold(g, magnitudes(g), of_gradient, gradients.range);
+      fold(u, magnitudes(u), of_update, updates.range);
       fold(w, magnitudes(w), of_weight, weights.range);
-      either += is_not_zero(of_g | of_u);
       product += g * u;
     }
     gradients.set[j] = of_gradient;
@@ -238,14 +248,28 @@ void StepFold::add_strides(const float* gradient, const float* before, const flo
     products[j] = product;
   }
   alignas(64) float scratch[kBlock], update[kBlock];
-  if (!kKnown && !gradient_.take(gradients, size)) gradient_.add_with_care(gradient, size, scratch);
-  if (!weight_.take(weights, size)) weight_.add_with_care(after, size, scratch);
-  const bool taken = update_.take(updates, size);
+  const auto update_at = [&](int i) { return load(after + i) - load(before + i); };
+  if (!kKnown && !gradient_.take(gradients)) {
+    gradient_.add_with_care(gradient, size, scratch);
+  } else if (!kKnown && has_zero(gradients.range)) {
+    gradient_.zeros_ += zeros_of(size, [&](int i) { return load(gradient + i); });
+  }
+  if (!weight_.take(weights)) {
+    weight_.add_with_care(after, size, scratch);
+  } else if (has_zero(weights.range)) {
+    weight_.zeros_ += zeros_of(size, [&](int i) { return load(after + i); });
+  }
+  const bool taken = update_.take(updates);
+  const int64_t still = has_zero(updates.range) ? zeros_of(size, update_at) : 0;
+  if (taken) update_.zeros_ += still;
   const float product = roughly_total(products);
   const bool fit = (product == 0 && !any(updates.range.top)) || fits(product, gradient, size);
   if (__builtin_expect(fit, 1)) {
     product_.add([&](int j) { return products[j]; }, 1.0);
-    rounded_ += either - updates.range.nonzero;
+    const auto either_at = [&](int i) {
+      return reinterpret_cast<Floats>(magnitudes(load(gradient + i)) | magnitudes(update_at(i)));
+    };
+    if (still) rounded_ += still - zeros_of(size, either_at);
   }
   if (__builtin_expect(taken && fit, 1)) return;
   for (int i = 0; i < size; ++i) update[i] = after[i] - before[i];
@@ -264,7 +288,7 @@ void StepFold::add_update(const float* gradient, bool known, const float* update
 Joint StepFold::joint() const {
   Joint j = rest_;
   j.product += product_.total();
-  j.rounded += total(rounded_);
+  j.rounded += rounded_;
   return j;
 }
 
@@ -321,7 +345,7 @@ void AdaptiveFold::add_strides(const float* gradient, const float* momentum, con
   }
   if (!kSecond) return;
   const float squares = roughly_total(n);
-  const bool lost = squares < 0x1p-90f && (any(bits) & 0x7fffffff) != 0;  // to underflow, some of it
+  const bool lost = squares < 0x1p-90f && any(bits & 0x7fffffff);  // to underflow, some of it
   if (__builtin_expect(lost || !is_finite_sum(squares) || !is_finite_sum(roughly_total(y)), 0)) {
     for (int i = 0; i < size; ++i) adapt_one<float>(gradient + i, nullptr, second + i, division, rest_);
     return;

@@ -9,8 +9,11 @@ namespace trainrt {
 
 constexpr int kLanes = 32, kSets = kLanes / kWidth;
 constexpr int kHalf = kSets / 2;   // vectors of float64 lanes, which are half as many
-constexpr int kAhead = 2 * kBlock;  // elements; hides the memory's latency behind the arithmetic (benchmarks/kernels.py)
+constexpr int kAhead = 512;       // elements; hides the memory's latency behind the arithmetic (benchmarks/kernels.py)
 static_assert(kBlock % kLanes == 0, "a full block is a whole number of strides");
+
+// How many elements to fold at a time, of so many: of what no cache holds so few that the loads of the next ones overlap.
+inline int block_of(int64_t elements) { return elements > (2 << 20) ? 128 * 16 / kWidth : kBlock; }
 
 // 16 lanes of float64, each the sum of two lanes of float32 in every block.
 struct Lanes {
@@ -32,15 +35,15 @@ class BlockFold {
  private:
   friend class StepFold;
   Lanes sum_, sumsq_;
-  Ints top_ = {}, nonzero_ = {};  // bits of the largest magnitude of each lane, how many are not zero
+  Ints top_ = {};       // bits of the largest magnitude of each lane
   float scale_ = 1.0f;  // of the last block that needed one: slots such as Adam's velocity need it in every block
   int32_t seen_ = 0;    // bits of the largest magnitude of the last block that was refused
-  int64_t count_ = 0, summed_ = 0;  // elements, and those that went through `take`, less what is zero to fill up only
+  int64_t count_ = 0, zeros_ = 0;  // elements, and the zeros of those that went through `take`, less what fills up
   Moments rare_;
 
   template <bool kScaled>
   bool sum_block(const float* x, int size, const float* ahead);
-  bool take(const Sums& sums, int size, float scale = 1.0f);
+  bool take(const Sums& sums, float scale = 1.0f);
   void add_with_care(const float* x, int size, float* scratch);
 };
 
@@ -59,7 +62,7 @@ class StepFold {
  private:
   BlockFold gradient_, update_, weight_;
   Lanes product_;
-  Ints rounded_ = {};
+  int64_t rounded_ = 0;
   Joint rest_;
 
   template <bool kKnown>

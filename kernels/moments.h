@@ -13,7 +13,7 @@ namespace trainrt {
 
 constexpr int kMoments = 6;  // record.DEVICE_MOMENTS
 constexpr int kSumsq = 2, kAbsmax = 3, kNonfinite = 5;  // columns of them
-constexpr int kBlock = 256;  // long enough to pay for folding its lanes, short enough that loads of the next overlap
+constexpr int kBlock = 512;  // long enough to pay for folding its lanes; see also `block_of`
 constexpr int64_t kChunk = 16384;  // elements of one task: fixed, so that sums do not depend on the number of threads
 
 struct Moments {

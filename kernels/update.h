@@ -107,7 +107,8 @@ struct Partial {
 };
 
 template <typename T>
-void update_chunk(const Rule& rule, const Update& u, const T* scales, int index, int64_t offset, Partial& partial) {
+void update_chunk(const Rule& rule, const Update& u, const T* scales, int index, int64_t offset, int block,
+                  Partial& partial) {
   using Fold = typename Folded<T>::Fold;
   using Wide = typename Folded<T>::Wide;
   const Weight& one = u.weights[index];
@@ -132,8 +133,8 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
   const auto measure = [&](Fold& fold, const T* x, int n, int ahead) {
     fold.add(Folded<T>::widen(x, n, scratch), n, reinterpret_cast<const Wide*>(x + ahead));
   };
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, size - begin));
+  for (int64_t begin = 0; begin < size; begin += block) {
+    const int n = static_cast<int>(std::min<int64_t>(block, size - begin));
     T* w = weight + begin;
     void* q[kMaxSlots] = {};
     for (int k = 0; k < rule.slots; ++k) q[k] = slots[k] + begin;
@@ -195,7 +196,7 @@ void run_update(const Rule& rule, const Update& u, const Parallel& parallel) {
   parallel(plan.count(), plan.elements, [&](int64_t begin, int64_t end) {
     Partial unused;
     plan.each(begin, end, [&](int64_t chunk, int tensor, int64_t offset) {
-      update_chunk<T>(rule, u, scales, tensor, offset, u.observe ? results[chunk] : unused);
+      update_chunk<T>(rule, u, scales, tensor, offset, block_of(plan.elements), u.observe ? results[chunk] : unused);
     });
   });
   if (!u.observe) return;

@@ -52,8 +52,15 @@ inline __attribute__((always_inline)) Lane across(Vector v, Fold fold) {
   }
 }
 
-inline __attribute__((always_inline)) int32_t any(Ints v) {
-  return across<int32_t>(v, [](auto a, auto b) { return a | b; });
+// Whether any lane is not zero.
+inline __attribute__((always_inline)) bool any(Ints v) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(v), reinterpret_cast<__m512i>(v)) != 0;
+#elif defined(__AVX__)
+  return !_mm256_testz_si256(reinterpret_cast<__m256i>(v), reinterpret_cast<__m256i>(v));
+#else
+  return across<int32_t>(v, [](auto a, auto b) { return a | b; }) != 0;
+#endif
 }
 
 inline __attribute__((always_inline)) int32_t largest(Ints v) {
