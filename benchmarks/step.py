@@ -8,9 +8,9 @@ again and again, which are 64 MB at most: with more of them the time goes to the
 pages as slowly as it likes. Each round trains every mode once, in an order that is shuffled anew, on a model that has
 been traced before; the printed figure is the median over rounds of that round's ratio to bare `model.fit`. `on`
 observes every step, clips by the global norm and writes a log directory; `off` is `observe=False`, and `off_clip` clips
-as `on` does: `on_to_off` is `on` to this, the same training without an eye on it. `first` is the ratio of the very first
-call, tracing and all. Wall times of other machines, and of this one an hour later, differ; ratios of one run may be
-compared.
+as `on` does: `on_to_off` is `on` to this, the same training without an eye on it. `first` is the ratio of the very
+first call, tracing and all. Wall times of other machines, and of this one an hour later, differ; ratios of one run may
+be compared.
 
 Some of what `trainrt.fit` does it does once a fit, however long: a look into the model, the diagnosis, the passport.
 `once_ms` is what a fit of two batches takes more than Keras's, and the columns named `step` are ratios of the time that
