@@ -103,7 +103,7 @@ class Timing:
           the end of the call before (0 but for the first step).
         """
         told = _told(steps, begun, ended, clock)
-        spared = self._waited and (clock is None or not clock[0, 0])
+        spared = self._waited and (clock is None or not clock[:1, 0].any())
         if spared:
             self._unclocked += 1
             told[:, 1] = told[:, 0] * self._waited_share
