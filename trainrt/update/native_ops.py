@@ -13,6 +13,9 @@ import tensorflow as tf
 from trainrt.record import vocabulary as record
 from trainrt.update import native
 
+ROW_DTYPES = (tf.float32, tf.float64, tf.bfloat16, tf.float16)
+"""What `row` takes."""
+
 
 class Rows(NamedTuple):
     """A sparse gradient, as the ops take it.
@@ -163,15 +166,12 @@ def rows_here() -> bool:
     return native.load() is not None and not tf.config.list_logical_devices("GPU")
 
 
-ROW_DTYPES = (tf.float32, tf.float64, tf.bfloat16, tf.float16)
-
-
 @tf.autograph.experimental.do_not_convert
 def row(parts: Sequence[tf.Tensor], timed: bool = False) -> tf.Tensor:
-    """The numbers of several tensors, at least one of any float dtype and shape, one behind the other.
+    """The numbers of several tensors, at least one of any shape, one behind the other.
 
     Args:
-      parts: The tensors, on the host.
+      parts: The tensors, on the host, of `ROW_DTYPES`.
       timed: Whether to add when the row was there, in seconds since 1970.
 
     Returns:

@@ -237,7 +237,7 @@ class Observer:
         scalars = self._scalars()
         if scalars["loss"] is None:
             scalars["loss"] = logs.get("loss") if isinstance(logs, dict) else None
-        if self._kernels and native_ops.rows_here():
+        if ready or (self._kernels and native_ops.rows_here()):  # who gives `ready` counts on what stands behind it
             values = [_one(value) for value in scalars.values()]
             return native_ops.row([cube, joint, *values, *ready], timed=bool(ready))
         vector = [
