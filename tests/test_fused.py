@@ -302,6 +302,36 @@ def test_what_is_observed_is_what_happened(kind, options, dtype):
                 check(rows_of(seen, name, update.rule.slots)[i], slot.value.numpy())
 
 
+def test_what_no_cache_holds_is_updated_and_measured_as_well():
+    rng, shape = np.random.default_rng(0), (2049, 1031)  # of so many elements short blocks are folded
+    start, grad = (rng.standard_normal(shape).astype("float32") for _ in range(2))
+    grad[:, ::97] = 0
+    grad[5, 5], grad[6, 6] = np.nan, 1e-30
+    pair = [keras.Variable(start) for _ in range(2)]
+    ours, theirs = (
+        keras.optimizers.Adam(1e-8),
+        keras.optimizers.Adam(1e-8),
+    )  # so small that many updates are rounded away
+    for optimizer, weight in zip((ours, theirs), pair, strict=True):
+        optimizer.build([weight])
+    seen = tf.function(fused.plan(ours, pair[:1]).apply)([tf.constant(grad)])
+    tf.function(lambda gradient: theirs.apply([gradient], pair[1:]))(tf.constant(grad))
+    after = pair[0].value.numpy()
+    assert after.tobytes() == pair[1].value.numpy().tobytes()
+    with np.errstate(invalid="ignore"):
+        update = after - start
+    check(rows_of(seen, GRADIENT)[0], grad)
+    check(rows_of(seen, UPDATE)[0], update)
+    check(rows_of(seen, WEIGHT)[0], after)
+    rounded = ((grad != 0) & (update == 0)).sum()
+    assert joint_of(seen, 0, "rounded") == rounded > 1000
+    measured = native_ops.measure([tf.constant(grad)])
+    check(measured.numpy()[0], grad)
+    around, joint = native_ops.observe([tf.constant(start)], [pair[0].value], [tf.constant(grad)])
+    check(around.numpy()[0, 1], update)
+    assert joint[0, JOINT.index("rounded")] == rounded
+
+
 def test_observing_does_not_change_what_happens():
     results = []
     measured = tf.constant(np.random.default_rng(0).random((len(SHAPES), 6)))
