@@ -123,7 +123,6 @@ def dashboard(record: Record, roster: Roster) -> dict[str, np.ndarray]:
     ratio = _log_update_ratio(record, roster)
     with np.errstate(divide="ignore", invalid="ignore"):
         tags = {
-            "train/loss": column["loss"],
             "train/learning_rate": column["learning_rate"],
             "train/steps_per_second": 1 / column["step_s"],
             "gradient/norm": column["gradient_norm"],
@@ -131,7 +130,7 @@ def dashboard(record: Record, roster: Roster) -> dict[str, np.ndarray]:
             "gradient/clip_share": joint["clipped"].sum(1) / joint["steps"].sum(1),
             **ratio,
         }
-        for part in (*_PARTS, "loss_scale"):
+        for part in ("loss", *_PARTS, "loss_scale"):
             if part in column:
                 tags[f"train/{part}"] = column[part]
     return tags

@@ -196,8 +196,7 @@ class Observer:
         )
 
     def _scalars(self) -> dict[str, tf.Tensor]:
-        values = {name: self._losses.get(name) for name in LOSS_SCALARS if name in self._losses}
-        values.setdefault("loss", None)
+        values = {name: self._losses[name] for name in LOSS_SCALARS if name in self._losses}
         optimizers = list({id(call.optimizer): call for call in self._applies}.values())
         for name, call in zip(unique(call.optimizer.name for call in optimizers), optimizers, strict=True):
             suffix = "" if call is optimizers[0] else f"/{name}"
@@ -212,7 +211,8 @@ class Observer:
         """Everything seen in the step as one vector, laid out as `unpack` reads it.
 
         Args:
-          logs: What the train step returned; its "loss" stands in where the step computes its loss in its own way.
+          logs: What the train step returned; its "loss" stands in where the step computes its loss in its own way. The
+            record has no loss where neither tells one, as of a GAN.
           ready: When the batch of the step was there, in seconds since 1970: then the vector ends in this, and in when
             it was made. For the native ops only.
 
@@ -225,6 +225,8 @@ class Observer:
             return self._packed(logs, ready)
 
     def _packed(self, logs, ready: Sequence[tf.Tensor]) -> tf.Tensor:
+        if "loss" not in self._losses and isinstance(logs, dict) and logs.get("loss") is not None:
+            self._losses = {**self._losses, "loss": logs["loss"]}
         roster = self.roster()
         order = {key: i for i, key in enumerate(self._parameters)}
         whole = self._applies[0].seen
@@ -235,8 +237,6 @@ class Observer:
             cubes = [_combine([_placed(call, _rows(call, s), order) for call in calls]) for s in roster.subjects]
             cube, joint = tf.stack(cubes, axis=1), _added([_placed(call, call.seen.joint, order) for call in calls])
         scalars = self._scalars()
-        if scalars["loss"] is None:
-            scalars["loss"] = logs.get("loss") if isinstance(logs, dict) else None
         if ready or (self._kernels and native_ops.rows_here()):  # who gives `ready` counts on what stands behind it
             values = [_one(value) for value in scalars.values()]
             return native_ops.row([cube, joint, *values, *ready], timed=bool(ready))
