@@ -233,13 +233,15 @@ def _misfit(head: program.Head, target: Mapping[str, Any]) -> tuple[tuple[str, .
         )
     shape = target.get("shape") or []
     width = shape[-1] if len(shape) > 1 else 1
-    if head.loss in DIFFERENCES and head.units > 1 and width == 1 and len(shape) <= 2:
+    if head.loss in DIFFERENCES and head.units > 1 and width == 1 and (len(shape) <= 2 or len(shape) == head.rank):
+        of = "sample" if len(shape) <= 2 else "place"
         return (
             ("wrong_loss", "output_units"),
-            f"One number a sample as target and {head.units} outputs: {head.loss} compares it with each of them.",
+            f"One number a {of} as target and {head.units} outputs: {head.loss} compares it with each of them.",
             ("Classes: loss='sparse_categorical_crossentropy' with a softmax. A number: Dense(1) at the end.",),
         )
-    if head.loss == "categorical_crossentropy" and head.units > 1 and kind != "one_hot":
+    shares = head.loss == "categorical_crossentropy" or (head.loss in BINARY and head.activation == "softmax")
+    if shares and head.units > 1 and kind != "one_hot":
         mean = target.get("mean")
         total = (
             sum(v for v in mean if v is not None) if isinstance(mean, list) and len(mean) == head.units else math.nan
@@ -256,7 +258,7 @@ def _misfit(head: program.Head, target: Mapping[str, Any]) -> tuple[tuple[str, .
                 ("wrong_output_activation", "wrong_loss"),
                 f"A sample may be of several classes or of none (the targets of a row sum to {total:.2f} on "
                 "average), and a "
-                "softmax with categorical cross-entropy shares out exactly 1.",
+                f"softmax {'with categorical cross-entropy ' if head.loss not in BINARY else ''}shares out exactly 1.",
                 (f"Dense({head.units}, activation='sigmoid') with loss='binary_crossentropy'.",),
             )
     return None
@@ -359,46 +361,6 @@ def _out_of_reach(end: program.End) -> tuple[tuple[float, float], tuple[float, f
     if not (least < low - room or most > high + room):
         return None
     return (low, high), (least, most)
-
-
-@rule
-def frozen(run: Run) -> Iterator[Finding]:
-    """Layers that were left frozen.
-
-    Means:   layers with weights are not trainable, and the model learnt little.
-    Matters: what is frozen must have learnt before; frozen at a random start it only scatters the inputs.
-    Try:     layer.trainable = True, then compile again; freeze only what has loaded weights.
-    Source:  exact; frozen layers of a model that learns well are transfer learning, and nobody's business.
-
-    >>> from trainrt.findings.examples import learning, stuck
-    >>> layers = [{"name": "a", "class": "Dense", "parameters": 900, "trainable": False, "config": {"units": 9}}]
-    >>> [finding.causes[0] for finding in frozen(stuck(layers=layers))]
-    ['frozen_layers']
-    >>> list(frozen(learning(layers=layers)))
-    []
-    """
-    with_weights = [layer for layer in program.layers(run) if layer.get("parameters")]
-    with_weights = [
-        layer for layer in with_weights if layer["class"] not in ("Functional", "Sequential", "Normalization")
-    ]
-    still = [layer for layer in with_weights if layer.get("trainable") is False]
-    if not still or not outcome(run).poor(POOR):
-        return
-    names = tuple(layer["name"] for layer in still)
-    share = sum(layer["parameters"] for layer in still) / max(sum(layer["parameters"] for layer in with_weights), 1)
-    yield about(
-        run,
-        "frozen",
-        "error",
-        0.9,
-        ("frozen_layers", "capacity"),
-        f"{len(still)} of {len(with_weights)} layers with weights are frozen ({share:.0%} of the "
-        "parameters), and the model "
-        f"learnt little (skill {outcome(run).skill:.2f}).",
-        {"share": share, "skill": outcome(run).skill},
-        (f"model.get_layer({names[0].rpartition('/')[2]!r}).trainable = True, then model.compile(...) again.",),
-        where=names,
-    )
 
 
 @rule

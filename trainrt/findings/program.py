@@ -111,16 +111,16 @@ def loss_name(run: Run) -> str:
     >>> loss_name(Run.synthetic(environment={"compile": {"loss": "CategoricalCrossentropy"}}))
     'categorical_crossentropy'
     """
-    loss = _compiled_loss(run)
+    loss = _compiled(run, "loss")
     parts = (
         list(loss.values() if isinstance(loss, Mapping) else loss) if isinstance(loss, (Mapping, list, tuple)) else []
     )
     return _snake(parts[0] if len(parts) == 1 else loss)
 
 
-def _compiled_loss(run: Run) -> Any:
+def _compiled(run: Run, argument: str) -> Any:
     known = (run.environment or {}).get("compile")
-    return known.get("loss") if isinstance(known, Mapping) else None
+    return known.get(argument) if isinstance(known, Mapping) else None
 
 
 def _snake(loss: Any) -> str:
@@ -161,6 +161,7 @@ class Head(NamedTuple):
       axis: Axis of its softmax; -1 where nothing else is known.
       activations: All that follow the last kernel, in their order.
       ignored: The class that its loss leaves out; NaN where it leaves out none.
+      rank: Number of its axes, that of the rows included; 0 where it is not known.
     """
 
     layer: str
@@ -171,6 +172,7 @@ class Head(NamedTuple):
     axis: int
     activations: tuple[str, ...] = ()
     ignored: float = math.nan
+    rank: int = 0
 
 
 class End(NamedTuple):
@@ -181,12 +183,14 @@ class End(NamedTuple):
       target: Its tensor of the data passport.
       loss: Name of its loss in snake case.
       head: Its layer; None where it is not known.
+      weight: What its loss is multiplied by; 1 where nothing was given.
     """
 
     name: str
     target: dict[str, Any]
     loss: str
     head: Head | None
+    weight: float = 1.0
 
 
 def ends(run: Run, name: str = "train") -> list[End]:
@@ -196,19 +200,24 @@ def ends(run: Run, name: str = "train") -> list[End]:
         return [End("", targets[0], loss_name(run), head(run))]
     outputs = [one for one in run.document("model").get("outputs") or [] if isinstance(one, Mapping)]
     names = [str(one.get("layer") or "").rpartition("/")[2] for one in outputs]
-    given, found = _compiled_loss(run), []
+    given, weights, found = _compiled(run, "loss"), _compiled(run, "loss_weights"), []
     for i, target in enumerate(targets):
         key = str(target.get("name", ""))
         # Of a list of targets the names are places.
         place = int(key) if key.isdigit() else names.index(key) if key in names else i
         of = names[place] if key.isdigit() and place < len(names) else key
-        loss = given
-        if isinstance(given, Mapping):
-            loss = given.get(of)
-        elif isinstance(given, (list, tuple)):
-            loss = given[place] if place < len(given) else None
-        found.append(End(of, target, _snake(loss), _head(run, place, _snake(loss))))
+        loss, weight = _snake(_at(given, of, place)), number(_at(weights, of, place))
+        found.append(End(of, target, loss, _head(run, place, loss), 1.0 if math.isnan(weight) else weight))
     return found
+
+
+def _at(given: Any, name: str, place: int) -> Any:
+    """What was given for one of several outputs: by name, by place, or one thing for all."""
+    if isinstance(given, Mapping):
+        return given.get(name)
+    if isinstance(given, (list, tuple)):
+        return given[place] if place < len(given) else None
+    return given
 
 
 def head(run: Run) -> Head | None:
@@ -254,4 +263,5 @@ def _head(run: Run, place: int, loss: str) -> Head | None:
         axis if isinstance(axis, int) else -1,
         tuple(str(name) for name in one.get("activations") or ()),
         number((about.get("config") or {}).get("ignore_class")),
+        rank,
     )
