@@ -12,11 +12,14 @@ from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
-from trainrt.findings.series import falls_late, loss_trend, pace, percentile, scalar
+from trainrt.findings.series import falls_late, kernel_ratio, kernels, loss_trend, pace, percentile, scalar
 from trainrt.record.run import Run
-from trainrt.record.vocabulary import WEIGHT
+from trainrt.record.vocabulary import UPDATE, WEIGHT
 
 POOR = 0.6
+TENTHS = 10
+LONG = 0.1
+"""Step over a kernel's size from which on it is no small one."""
 NOTHING = 0.15
 SMALL_STEP = 5e-4
 """Of a kernel's size: half of the usual 1e-3, under plain gradient descent, whose steps shrink with the gradient."""
@@ -64,6 +67,58 @@ def upside_down(run: Run) -> Iterator[Finding]:
         f"of naming one class (skill {ended.skill:.2f}): the loss seems to have the wrong sign.",
         {"loss": {"first": trend.start, "last": trend.last}, "skill": ended.skill, "loss_name": loss},
         ("Negate it: return -keras.ops.sum(y * keras.ops.log(p + 1e-7), axis=-1).", "Or use a loss of Keras."),
+    )
+
+
+@rule
+def ascent(run: Run) -> Iterator[Finding]:
+    """Steps that go uphill: the loss rises by what their gradients say that it falls by.
+
+    Means:   from one tenth of the run to the next, in nine of ten, the loss rises by a fifth to twice of what gradient
+             times update promises as its fall, and no kernel moves by a tenth of its size in a step.
+    Matters: what is minimised is not the loss that is told: somewhere its sign is turned, or it is another one. Steps
+             that are merely too long either jump to and fro or are long beside the weights.
+    Try:     the sign of the loss, of the gradients and of the reward in a train step of one's own.
+    Source:  Taylor's theorem: a small step changes the loss by the inner product of gradient and update.
+
+    >>> from trainrt.findings.examples import learning, stuck
+    >>> promised = {"gradient_norm": 6.7, "update_norm": 1e-3}  # of each of three kernels: 0.02 a step
+    >>> [finding.causes[0] for finding in ascent(stuck(losses=np.linspace(1, 5, 200), **promised))]
+    ['flipped_sign']
+    >>> list(ascent(learning(**promised)))
+    []
+    """
+    loss = scalar(run, "loss")
+    known = int(np.argmin(np.isfinite(loss))) if not np.isfinite(loss).all() else len(loss)
+    if known < 2 * TENTHS or not loss_trend(run).last - loss[0] > abs(loss[0]) / 2 + 3 * loss_trend(run).noise:
+        return
+    update, weight = run.moments(UPDATE), run.moments(WEIGHT)
+    matrices = np.flatnonzero(kernels(run, weight))
+    if not np.nanmax(kernel_ratio(update[:, matrices], weight[:, matrices])[:known], initial=0.0) < LONG:
+        return
+    steps = run.steps[:known, 1] - run.steps[:known, 0] + 1
+    promised = np.nansum(run["predicted_decrease"][:known], axis=1) * steps
+    parts = np.array_split(np.arange(known), TENTHS)
+    level, fall = np.array([[loss[part].mean(), promised[part].sum()] for part in parts]).T
+    # From the middle of one part to that of the next.
+    rise, promise = np.diff(level), (fall[1:] + fall[:-1]) / 2
+    share = rise / promise
+    uphill = (promise > 0) & (share > 0.2) & (share < 2)
+    if uphill.mean() < 0.85:
+        return
+    yield about(
+        run,
+        "ascent",
+        "error",
+        0.9,
+        ("flipped_sign", "wrong_loss"),
+        f"The loss rose from {loss[0]:.4g} to {level[-1]:.4g} in small steps, by {np.median(share):.2g} times what "
+        "gradient times update promises as its fall: the training climbs it.",
+        {"rise_over_promised_fall": share.tolist(), "thresholds": [0.2, 2.0], "loss": level.tolist()},
+        (
+            "Look for a minus too many or too few: in the train step, in the loss or reward, in the gradients.",
+            "Tell the loss that is minimised: log and differentiate the same tensor.",
+        ),
     )
 
 

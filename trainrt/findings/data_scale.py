@@ -22,6 +22,9 @@ TINY = 0.03
 """The same below: a layer passes on a thirtieth of what its start is made for."""
 TARGETS = 10.0
 FAR = 300.0
+NEARLY_ALL = 0.95
+"""Share of the loss of several outputs that leaves the others a twentieth of the gradient, in layers they have in
+common."""
 POOR = 0.6
 """Skill under which a scale is a fault; see `outcome`."""
 EMPTY = 0.95
@@ -143,6 +146,9 @@ def constant_inputs(run: Run) -> Iterator[Finding]:
         # Nearly all zeros and a good part that never changes, together, weigh as much.
         if not (whole or empty or (ended.poor(0.8) and zeros > 0.9 and share > 0.3)):
             continue
+        padded = not whole and program.first_layer(run) in program.LOOKUPS
+        if padded and any(layer["config"].get("mask_zero") for layer in program.layers(run)):
+            continue  # what is masked is not seen
         what = (
             "all features have one and the same value in every row"
             if whole
@@ -154,9 +160,14 @@ def constant_inputs(run: Run) -> Iterator[Finding]:
             "error",
             0.97 if whole else 0.85,
             ("inputs_constant", "inputs_too_small"),
-            f"The inputs carry next to nothing: {what}.",
+            f"The inputs {'are mostly padding' if padded else 'carry next to nothing'}: {what}.",
             {"constant_share": share, "zero_share": zeros, "thresholds": {"zero_share": EMPTY, "constant_share": 0.5}},
             (
+                "keras.layers.Embedding(..., mask_zero=True), which makes recurrent layers pass over index 0.",
+                "Pad in front and no longer than needed: keras.utils.pad_sequences(x, maxlen, padding='pre').",
+            )
+            if padded
+            else (
                 "Print x[:3] and x.std(axis=0).",
                 "Divide with /, not //, and convert to float first: x = x.astype('float32') / 255.",
             ),
@@ -169,7 +180,8 @@ def unscaled_targets(run: Run) -> Iterator[Finding]:
     """Targets that are far from unit size, in a regression that does not reach them.
 
     Means:   the root mean square of the targets is over 10, the loss is one of differences, and the model explains
-             little of their variance, or diverged.
+             little of their variance, or diverged; or theirs is 95 % of the loss of several outputs, and another output
+             learnt little.
     Matters: a network starts at outputs around zero and moves by about the learning rate a step under Adam: a target of
              a million is a million steps away. Under SGD the gradients grow with the targets, and diverge.
     Try:     train on standardised targets and scale the predictions back; or start the output's bias at their mean.
@@ -190,7 +202,8 @@ def unscaled_targets(run: Run) -> Iterator[Finding]:
         if not len(mean) or len(mean) != len(spread):
             continue
         size = float(np.hypot(np.abs(mean), spread).max())
-        if not size > TARGETS or not ended.poor(0.3) or "logarithmic" in loss or "percentage" in loss:
+        starved = _starved(run, end)
+        if not size > TARGETS or not (ended.poor(0.3) or starved) or "logarithmic" in loss or "percentage" in loss:
             continue
         m, s = float(mean[np.argmax(np.abs(mean))]), float(spread.max())
         of = f" of {end.name!r}" if end.name else ""
@@ -200,8 +213,12 @@ def unscaled_targets(run: Run) -> Iterator[Finding]:
             "error",
             0.92 if size > FAR else 0.6,
             ("targets_unnormalised", "lr_too_high" if not math.isfinite(ended.data_loss) else "lr_too_low"),
-            f"The targets{of} are far from unit size: mean {m:.4g}, deviation {s:.4g}. A network starts at outputs "
-            "near zero.",
+            f"The targets{of} are far from unit size: mean {m:.4g}, deviation {s:.4g}. "
+            + (
+                f"Their loss is nearly all of it, and {' and '.join(map(repr, starved))} learnt little beside it."
+                if starved
+                else "A network starts at outputs near zero."
+            ),
             {"target_rms": size, "target_mean": m, "target_std": s, "threshold": TARGETS, "skill": ended.skill},
             (
                 "Standardise them: y = (y - y_train.mean()) / y_train.std(), and undo it in the predictions.",
@@ -209,6 +226,16 @@ def unscaled_targets(run: Run) -> Iterator[Finding]:
             ),
             where=(end.head.layer,) if end.name and end.head else (),
         )
+
+
+def _starved(run: Run, end: program.End) -> list[str]:
+    """The outputs that learnt little while the loss of this one was nearly all that was minimised."""
+    logs = run.epochs[-1].logs if run.epochs else {}
+    own = end.weight * program.number(logs.get(f"{end.name}_loss"))
+    if not end.name or not own > NEARLY_ALL * program.number(logs.get("loss")):
+        return []
+    others = [other.name for other in program.ends(run) if other.name != end.name]
+    return [name for name in others if outcome(run).of(name).poor(0.3)]
 
 
 def _features(run: Run) -> tuple[Mapping[str, Any], np.ndarray] | None:

@@ -67,10 +67,10 @@ def unshuffled(run: Run) -> Iterator[Finding]:
         length = program.number(labels.get("run_length"))
         usual = program.number(labels.get("run_length_shuffled"))
         # Of batches of a row or two the entropy says nothing; the runs do.
-        sorted_batches = after > 0.2 and mixed < MIXED * after
+        sorted_batches, sorted_numbers = in_order(labels)
         varied, usually = (program.number(labels.get(f"batch_variance{of}")) for of in ("", "_shuffled"))
         how, advice = _unmixed(train)
-        if usually > 0.2 and varied < MIXED * usually:
+        if sorted_numbers:
             restart = _restart(run)
             ended = outcome(run)
             known = ended.validation if math.isfinite(ended.validation) else ended.train
@@ -107,6 +107,13 @@ def unshuffled(run: Run) -> Iterator[Finding]:
             advice,
         )
         return
+
+
+def in_order(labels: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether the classes, or the numbers to predict, differ far less within batches than after a shuffle."""
+    pairs = [(labels.get(name), labels.get(f"{name}_shuffled")) for name in ("batch_entropy", "batch_variance")]
+    classes, numbers = (program.number(b) > 0.2 and program.number(a) < MIXED * program.number(b) for a, b in pairs)
+    return classes, numbers
 
 
 def _unmixed(train: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
@@ -220,6 +227,8 @@ def validation_seen(run: Run) -> Iterator[Finding]:
     []
     """
     overlap = run.data.get("overlap") or {}
+    if any(leaf.get("zero_share") for side in ("train", "validation") for leaf in program.leaves(run, "weights", side)):
+        return  # a row may have no weight on one side, as a node of a graph
     share, rows = program.number(overlap.get("share")), overlap.get("sampled_rows") or 0
     duplicates = program.number((program.side(run).get("duplicates") or {}).get("share"))
     duplicates = 0.0 if math.isnan(duplicates) else duplicates

@@ -182,6 +182,20 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
                 "Check that the loss compares y with the model's output.",
             ),
         )
+    if _underflows(view.run):
+        return _Reason(
+            "underflow",
+            ("update_rounding", "vanishing_gradient"),
+            0.8,
+            "error",
+            "the gradient is exactly zero: the model computes in float16, whose smallest number is 6e-8, and nothing "
+            "scales the loss",
+            (
+                "Scale the loss: model.compile(..., auto_scale_loss=True), the default; in a train step of your own "
+                "loss = self.optimizer.scale_loss(loss).",
+                "bfloat16 needs none: keras.mixed_precision.set_global_policy('mixed_bfloat16').",
+            ),
+        )
     if everything:
         return _Reason(
             "constant loss",
@@ -193,6 +207,17 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
                 "Look at the output layer: softmax over one unit is always 1, a ReLU there may be always 0.",
                 "Print model(x[:8]): are all rows equal?",
             ),
+        )
+    unweighted = [end.name for end in program.ends(view.run) if end.weight == 0]
+    if unweighted and t == 0 and view.run.steps[0, 0] == 0:
+        harmless = all(outcome(view.run).of(name).skill >= LEARNT for name in unweighted)
+        return _Reason(
+            "loss weight zero",
+            ("wrong_loss", "graph_cut"),
+            0.9,
+            "info" if harmless else "error",
+            f"the gradient is exactly zero, and the loss of {shorten(unweighted)} has the weight 0",
+            (f"model.compile(..., loss_weights={{{unweighted[0]!r}: 1.0}}), or leave loss_weights out.",),
         )
     matrices = [q for q, each in enumerate(view.parameters) if len(each.shape) >= 2]
     empty = [q for q in matrices if np.nan_to_num(view.weight.zero_share[t:, q]).min(initial=1.0) == 1]
@@ -285,6 +310,12 @@ def _unpushed(view: _View, p: int, t: int) -> _Reason | None:
             "Scale the inputs to about -1..1.",
         ),
     )
+
+
+def _underflows(run: Run) -> bool:
+    """Whether layers compute in float16 while nothing scales the loss."""
+    low = any("float16" in str(layer.get("dtype")).replace("bfloat16", "") for layer in program.layers(run))
+    return low and not any(name.startswith("loss_scale") for name in run.roster.scalars)
 
 
 def _thrown(view: _View, t: int) -> float:

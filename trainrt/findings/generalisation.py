@@ -104,9 +104,10 @@ def outweighing_regulariser(run: Run) -> Iterator[Finding]:
     if not len(beside) or not np.isfinite(beside).any() or not ended.poor(POOR):
         return
     # It may have won within a few steps, and then be small, as the weights are.
-    head, tail = slice(None, max(1, len(beside) // 50)), slice(-max(1, len(beside) // 5), None)
-    early, late = float(np.nanmedian(beside[head])), float(np.nanmedian(beside[tail]))
-    rest, first = float(np.nanmedian(np.abs(data[tail]))), float(np.nanmedian(np.abs(data[head])))
+    heads, tail = (slice(1), slice(max(1, len(beside) // 50))), slice(-max(1, len(beside) // 5), None)
+    pairs = [(float(np.nanmedian(beside[head])), float(np.nanmedian(np.abs(data[head])))) for head in heads]
+    early, first = max(pairs, key=lambda pair: np.nan_to_num(pair[0] / max(sum(pair), 1e-300)))
+    late, rest = float(np.nanmedian(beside[tail])), float(np.nanmedian(np.abs(data[tail])))
     share = max(late / max(late + rest, 1e-300), early / max(early + first, 1e-300))
     if not share > OUTWEIGHS:
         return
@@ -121,6 +122,11 @@ def outweighing_regulariser(run: Run) -> Iterator[Finding]:
         f"the end {late:.3g} beside {rest:.3g}).",
         {"share": share, "penalty": late, "data_loss": rest, "threshold": OUTWEIGHS, "skill": ended.skill},
         (
+            *(
+                ("self.add_loss(1e-3 * kl), or a factor that grows from 0 over the first epochs.",)
+                if np.isfinite(scalar(run, "added_loss")).any()
+                else ()
+            ),
             "Divide the factors by 100, as in kernel_regularizer=keras.regularizers.L2(1e-4), and watch the "
             "data's loss: "
             'history.run.scalar("data_loss").',

@@ -12,7 +12,7 @@ from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
 from trainrt.findings.rules import about, rule
-from trainrt.findings.series import percentile
+from trainrt.findings.series import percentile, scalar
 from trainrt.record.run import Run
 from trainrt.record.vocabulary import GRADIENT, UPDATE, WEIGHT
 
@@ -62,7 +62,7 @@ def vanishing(run: Run) -> Iterator[Finding]:
     early = run.moments(GRADIENT)[: max(len(run.steps) // EARLY, 1)].rms
     rms = np.array([percentile(early[:, p], 50) for p in matrices])
     ratio = rms[0] / rms[-1] if len(matrices) >= 4 and rms[-1] > 0 else math.nan
-    if 0 < ratio < VANISHED:
+    if 0 < ratio < VANISHED and not _arrives(run, early, matrices):
         weak = [p for i, p in enumerate(matrices) if rms[i] < VANISHED * rms[-1]]
         causes = ("vanishing_gradient", *(("hidden_activation",) if saturating else ()), "bad_init")
         yield about(
@@ -94,6 +94,17 @@ def vanishing(run: Run) -> Iterator[Finding]:
             ("Use keras.layers.GRU or LSTM with their own activations.", "Bring what matters closer to the end."),
             where=tuple(cells),
         )
+
+
+def _arrives(run: Run, early: np.ndarray, matrices: list[int]) -> bool:
+    """Whether the first layer's bias is pushed like the last one's: a kernel's gradient is what comes from behind times
+    what comes in, a bias's the former alone. Then it is the inputs that differ in size."""
+    biases = {p.layer: i for i, p in enumerate(run.roster.parameters) if p.path.endswith("bias") and len(p.shape) == 1}
+    ends = [biases.get(run.roster.parameters[matrices[at]].layer) for at in (0, -1)]
+    if None in ends:
+        return False
+    first, last = (percentile(early[:, i], 50) for i in ends if i is not None)
+    return last > 0 and first > 10 * VANISHED * last
 
 
 @rule
@@ -143,7 +154,7 @@ def wild_start(run: Run) -> Iterator[Finding]:
         f"The kernels start too large: each layer multiplies its input by about {mean:.3g} where 1 to 1.4 "
         "keeps the scale, "
         f"{mean ** len(positive):.2g}-fold over {len(positive)} layers. The first loss was "
-        f"{run.scalar('loss')[0]:.4g}.",
+        f"{scalar(run, 'loss')[0]:.4g}.",
         {"gain": mean, "gains": gains, "threshold": GAIN},
         ("Use kernel_initializer='he_normal' with ReLU, 'glorot_uniform' (the default) otherwise.",),
         where=tuple(path for path, gain in gains.items() if gain > GAIN),

@@ -107,6 +107,7 @@ def heavy_momentum(run: Run) -> Iterator[Finding]:
     Means:   SGD's momentum (or Adam's beta_1) is 0.98 or more, the model learnt little, and the steps do not go where
              the gradients point: the cosine between both (`run["gradient_momentum_cosine"]`) is under 0.5. It is about
              0.5 at a momentum of 0.9, and near 1 where gradients agree from step to step and momentum does no harm.
+             Or they ran past what they had reached: the loss ends far above its best.
     Matters: a gradient is felt for 1 / (1 - momentum) steps: at 0.999 the effective learning rate is a thousand times
              the one that was set, and the model overshoots for a thousand steps.
     Try:     0.9; or multiply the learning rate by (1 - momentum).
@@ -128,12 +129,15 @@ def heavy_momentum(run: Run) -> Iterator[Finding]:
     worse = momentum >= EXTREME and ended.settled and ended.validation < 0
     if not MOMENTUM <= momentum < 1 or not (ended.poor(0.75) or worse):
         return
-    along = _along(run, name)
-    if along > ALONG:
+    along, trend = _along(run, name), loss_trend(run)
+    # Who agrees with the gradients and does no harm does not run past what had been reached.
+    ran_past = trend.last - trend.best > 0.5 * abs(trend.first) + 3 * trend.noise
+    if along > ALONG and not ran_past:
         return
     rate = percentile(scalar(run, "learning_rate"), 50)
     times = 1 / (1 - momentum)
-    where = f" The steps hardly follow the gradient (cosine {along:.2g})." if math.isfinite(along) else ""
+    where = f" The steps hardly follow the gradient (cosine {along:.2g})." if along <= ALONG else ""
+    where += f" The loss was {trend.best:.3g} at best, and is {trend.last:.3g}." if ran_past else ""
     effective = f", so the effective learning rate is {rate * times:.3g}" if name == "momentum" else ""
     yield about(
         run,

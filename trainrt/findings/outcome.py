@@ -36,6 +36,8 @@ ROOTS = ("rmse", "root_mean_squared_error")
 EXPLAINED = ("r2_score", "r2")
 SKEWED = 0.8
 """Share of the largest class from which on an accuracy says little."""
+RESAMPLED = 0.1
+"""Total variation distance between the classes of both sides, from which on they were not drawn alike."""
 FEW = 3
 EPOCHS, STEPS = 5, 500
 HALF = 0.5
@@ -49,7 +51,8 @@ class Outcome:
     validation: Skill on the validation data in the last epoch.
     best: Best validation skill of any epoch.
     constant: Loss of the best constant prediction of the training targets; NaN where it is not known.
-    data_loss: The loss at the end, without regularisers.
+    data_loss: The loss at the end, without regularisers; NaN where the run has none, as a GAN's.
+    lost: Whether the loss at the end is not finite, of a run that has one.
     settled: Whether the run may be judged by this: enough of it is over, or its loss stands still.
     far: Whether enough of it is over.
     kind: What the skill is made from: "classes" (accuracy), "numbers" (differences), "loss", "several" outputs, or "".
@@ -65,6 +68,7 @@ class Outcome:
     settled: bool
     far: bool
     kind: str
+    lost: bool = False
     course: tuple[float, ...] = ()
     outputs: Mapping[str, tuple[float, float, str]] = dataclasses.field(default_factory=dict)
 
@@ -81,7 +85,7 @@ class Outcome:
 
     def poor(self, threshold: float) -> bool:
         """Whether the run is known to have stayed under a skill. A loss that is not finite any more is."""
-        return self.settled and (self.skill < threshold or not math.isfinite(self.data_loss))
+        return self.settled and (self.skill < threshold or self.lost)
 
 
 def outcome(run: Run) -> Outcome:
@@ -100,8 +104,10 @@ def _outcome(run: Run) -> Outcome:
     far = over or not planned > 0 or done >= HALF * planned
     # What stands still for so long may be judged while it trains.
     settled = far or (done >= EPOCHS and run.steps[-1, 1] >= STEPS and not falls_late(run))
+    lost = "loss" in run.roster.scalars and not math.isfinite(data_loss)
+    constant = constant_loss(run, "train")
     if not done:
-        return Outcome(NAN, NAN, NAN, constant_loss(run, "train"), data_loss, settled and run.end is not None, far, "")
+        return Outcome(NAN, NAN, NAN, constant, data_loss, settled and run.end is not None, far, "", lost)
     last = run.epochs[-1].logs
     extra = max(0.0, _regulariser(run))
     train, kind, learnt = _skills(run, last, "", "train", extra)
@@ -109,8 +115,7 @@ def _outcome(run: Run) -> Outcome:
     each = [_skills(run, epoch.logs, "val_", "validation", extra)[0] for epoch in run.epochs]
     best = max((value for value in each if math.isfinite(value)), default=NAN)
     outputs = {name: (skill, checked.get(name, (NAN, ""))[0], of) for name, (skill, of) in learnt.items()}
-    constant = constant_loss(run, "train")
-    return Outcome(train, validation, best, constant, data_loss, settled, far, kind, tuple(each), outputs)
+    return Outcome(train, validation, best, constant, data_loss, settled, far, kind, lost, tuple(each), outputs)
 
 
 def _regulariser(run: Run) -> float:
@@ -147,14 +152,15 @@ def _skill(
         return (1 - value / weighted, "loss") if weighted > 0 else (NAN, "")
     if weighted is not None or any(_vary(leaf) for leaf in program.leaves(run, "weights", side)):
         return NAN, ""
-    chance = _chance(target)
+    chance, others = _chance(target), _other_shares(run, side, end)
+    constant = _entropy(labels["counts"], others) if others and "entropy" in loss else _constant(target, loss)
     accuracy = next((float(logs[prefix + name]) for name in ACCURACIES if prefix + name in logs), NAN)
     # Whole numbers under a loss of differences are amounts; an accuracy says nothing about them.
     kinds = ("one_hot", "binary") if "squared" in loss or "absolute" in loss else ("one_hot", "binary", "integer")
     if math.isfinite(accuracy) and chance < 1 and labels.get("kind") in kinds:
         skill = (accuracy - chance) / (1 - chance)
-        constant, value = _constant(target, loss), logs.get(prefix + "loss", NAN) - extra
-        if chance > SKEWED and constant > 0 and math.isfinite(value):
+        value = logs.get(prefix + "loss", NAN) - extra
+        if (chance > SKEWED or others) and constant > 0 and math.isfinite(value):
             # Where one class is nearly all, its share is hard to beat though the probabilities are learnt.
             return max(skill, 1 - value / constant), "loss"
         return skill, "classes"
@@ -175,7 +181,7 @@ def _skill(
     deviation = _deviation(target)
     if math.isfinite(absolute) and deviation > 0:
         return 1 - (absolute / deviation) ** 2, "numbers"
-    constant, perfect = _constant(target, loss), 0.0
+    perfect = 0.0
     asked = _asked(run) if not end.name else (NAN, NAN)
     if math.isnan(constant):
         constant, perfect = asked
@@ -184,6 +190,18 @@ def _skill(
     if constant > max(perfect, 0) and math.isfinite(value):
         return (constant - value) / (constant - perfect), "loss"
     return NAN, ""
+
+
+def _other_shares(run: Run, side: str, end: program.End) -> dict[str, float]:
+    """Counts of the training's labels, where the validation data have the classes in other shares, as when the rare
+    ones were sampled more often for the training: a constant that was trained predicts by those."""
+    ours = (end.target.get("labels") or {}).get("counts") or {}
+    trained = next((one.target for one in program.ends(run) if one.name == end.name), {})
+    theirs = (trained.get("labels") or {}).get("counts") or {}
+    if side == "train" or len(ours) < 2 or not set(ours) <= set(theirs):
+        return {}
+    n, m = sum(ours.values()), sum(theirs.values())
+    return theirs if sum(abs(ours.get(k, 0) / n - theirs[k] / m) for k in theirs) / 2 > RESAMPLED else {}
 
 
 def _asked(run: Run) -> tuple[float, float]:
@@ -266,7 +284,8 @@ def _deviation(target: Mapping[str, Any]) -> float:
     return float(sum(parts))
 
 
-def _entropy(counts: Mapping[str, float]) -> float:
-    share = np.array(list(counts.values()), np.float64) / max(sum(counts.values()), 1)
-    share = share[share > 0]
-    return float(-(share * np.log(share)).sum())
+def _entropy(counts: Mapping[str, float], predicted: Mapping[str, float] | None = None) -> float:
+    """Cross-entropy of the best constant; of the one that is best for other counts, where those are given."""
+    predicted = predicted or counts
+    n, m = sum(counts.values()), sum(predicted.values())
+    return -sum(count / n * math.log(predicted[k] / m) for k, count in counts.items() if count > 0)
