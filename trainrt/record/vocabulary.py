@@ -263,15 +263,14 @@ class Moments:
         """The moments of all windows along `axis` together. Rows that were not measured are left out."""
         a = self.array
         axis = axis if axis >= 0 else axis - 1
-        measured = ~np.isnan(a[..., :1])
-        sums = np.where(measured, a, 0.0).sum(axis=axis)
-        low = np.where(measured, a, np.inf).min(axis=axis)
-        high = np.where(measured, a, -np.inf).max(axis=axis)
-        merged = sums
-        merged[..., MOMENTS.index("absmax")] = high[..., MOMENTS.index("absmax")]
-        merged[..., MOMENTS.index("peak")] = high[..., MOMENTS.index("peak")]
-        merged[..., MOMENTS.index("trough")] = low[..., MOMENTS.index("trough")]
-        return Moments(np.where(measured.any(axis=axis), merged, np.nan))
+        unmeasured = np.isnan(a[..., :1])
+        low = a
+        if unmeasured.any():
+            a, low = np.where(unmeasured, 0.0, a), np.where(unmeasured, np.inf, a)  # no moment is below 0
+        merged = a.sum(axis=axis)
+        for name, extreme, of in (("absmax", np.max, a), ("peak", np.max, a), ("trough", np.min, low)):
+            merged[..., MOMENTS.index(name)] = extreme(of[..., MOMENTS.index(name)], axis=axis + (axis < 0))
+        return Moments(np.where(unmeasured.all(axis=axis), np.nan, merged))
 
     def join(self, groups: Sequence[np.ndarray]) -> Moments:
         """The moments of each group of tensors as of one tensor: the weights of a layer in the same steps.
@@ -383,7 +382,10 @@ class Record:
 
 def merge_joint(joint: np.ndarray) -> np.ndarray:
     """[T, N, P, J] -> [T, P, J]: each N windows as one. What was not measured in some is that of the others."""
-    merged = np.where(np.isnan(joint).all(1), np.nan, np.nansum(joint, axis=1))
+    unmeasured = np.isnan(joint)
+    merged = joint.sum(1)
+    if unmeasured.any():
+        merged = np.where(unmeasured.all(1), np.nan, np.nansum(joint, axis=1))
     for name, reduce in zip(JOINT_EXTREMES, (np.fmax, np.fmin), strict=True):
         merged[..., JOINT.index(name)] = reduce.reduce(joint[..., JOINT.index(name)], axis=1)
     return merged

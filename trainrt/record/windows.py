@@ -26,7 +26,7 @@ HISTORY, LEAST, SIGMAS = 128, 64, 6.0
 """A spike is so many robust standard deviations above the median of the last steps, when there are at least `LEAST`."""
 
 WATCHED = ("loss", "gradient_norm")
-_BLOCK = 16
+_BLOCK, _AHEAD = 16, 64
 
 
 class Windows:
@@ -121,26 +121,27 @@ class _Spikes:
         """[T] bool."""
         values = record.scalars[:, self._column, SCALAR.index("mean")]
         result = np.zeros(len(values), bool)
-        if not len(values) or self._all_is_well(values):
-            return result
-        for at in range(0, len(values), _BLOCK):
+        at = 0
+        while at < len(values):
+            at += self._calm(values[at : at + _AHEAD * _BLOCK])
             block = values[at : at + _BLOCK]
             over = block > (_limits(self._seen) if len(self._seen) >= LEAST else np.inf)
             result[at : at + _BLOCK] = over
             accepted = block if 2 * over.sum() > len(block) else block[~over]
             self._seen = np.concatenate([self._seen, accepted[np.isfinite(accepted)]])[-HISTORY:]
+            at += _BLOCK
         return result
 
-    def _all_is_well(self, values: np.ndarray) -> bool:
-        """Whether there is no spike, asked of all blocks at once; what was seen has gone on then."""
+    def _calm(self, values: np.ndarray) -> int:
+        """How many of the values come before the first block with a spike, asked of all blocks at once."""
         if len(self._seen) < HISTORY or len(values) <= _BLOCK or not np.isfinite(values).all():
-            return False
+            return 0
         history = np.concatenate([self._seen, values])
         before = np.lib.stride_tricks.sliding_window_view(history, HISTORY)[: len(values) : _BLOCK]
-        if (values > np.repeat(_limits(before), _BLOCK)[: len(values)]).any():
-            return False
-        self._seen = history[-HISTORY:]
-        return True
+        over = values > np.repeat(_limits(before), _BLOCK)[: len(values)]
+        calm = int(over.argmax()) // _BLOCK * _BLOCK if over.any() else len(values)
+        self._seen = history[calm : calm + HISTORY]
+        return calm
 
 
 def _limits(seen: np.ndarray) -> np.ndarray:
