@@ -8,7 +8,7 @@ import pytest
 
 from trainrt.loop.recorder import HOST_SCALARS, Recorder
 from trainrt.record.vocabulary import DEVICE_MOMENTS, JOINT, Moments, Parameter, Record, Roster
-from trainrt.record.windows import AROUND
+from trainrt.record.windows import AROUND, _Spikes
 
 PARAMETERS = (Parameter("a/kernel", "a", (3, 2), "float32"), Parameter("a/bias", "a", (2,), "float32"))
 ROSTER = Roster(PARAMETERS, ("gradient", "update", "weight"), ("loss", "learning_rate"))
@@ -168,6 +168,23 @@ def test_a_spike_and_the_steps_around_it_keep_their_resolution(at):
     assert all(widths[s] == 1 for s in range(at - AROUND, min(at + AROUND, 1999) + 1))
     assert widths[at - 50] > 1
     assert widths[min(at + 50, 1999)] > 1 or at > 1900
+
+
+@pytest.mark.parametrize("spikes", [(), (200,), (129, 500, 501, 515, 2047), range(0, 2048, 40), range(700, 1400)])
+def test_the_same_spikes_are_found_whether_blocks_come_one_by_one_or_together(spikes):
+    loss = np.random.default_rng(1).normal(1, 0.05, 2048)
+    loss[list(spikes)] += 4
+    loss[1700] = np.nan
+
+    def found(chunk):
+        of = _Spikes(0)
+        parts = [np.repeat(loss[i : i + chunk, None, None], 3, axis=2) for i in range(0, 2048, chunk)]
+        steps = [np.zeros((len(part), 2), np.int64) for part in parts]
+        return np.concatenate([of.of(Record(s, s[:, 0], {}, s, part)) for s, part in zip(steps, parts, strict=True)])
+
+    assert (found(16) == found(2048)).all()
+    expected = {step for step in spikes if step >= 64}
+    assert expected <= set(np.flatnonzero(found(2048))) or len(expected) > 300, "a new level is no spike for ever"
 
 
 def test_a_new_level_of_the_loss_is_no_spike_for_ever():
