@@ -200,12 +200,14 @@ def labels_of_noise(run: Run) -> Iterator[Finding]:
 
 def _of_moments(target: Mapping[str, Any]) -> dict[str, float]:
     """Shares of 0 and 1 in a mask of one channel, whose elements nobody counts one by one; empty for other numbers."""
-    mean, spread = target.get("mean") or [], target.get("std") or []
-    if not isinstance(mean, list) or len(mean) != 1 or not 0 < mean[0] < 1:
+    moments = [one for one in map(target.get, ("mean", "std")) if isinstance(one, list) and len(one) == 1]
+    if len(moments) < 2:
         return {}
+    share, spread = (program.number(one[0]) for one in moments)
     # Of numbers between 0 and 1 only those that are all one or the other vary so much.
-    binary = math.isclose(spread[0], math.sqrt(mean[0] * (1 - mean[0])), rel_tol=1e-3)
-    return {"0": 1 - mean[0], "1": mean[0]} if binary and target.get("min") == 0 and target.get("max") == 1 else {}
+    if not 0 < share < 1 or not math.isclose(spread, math.sqrt(share * (1 - share)), rel_tol=1e-3):
+        return {}
+    return {"0": 1 - share, "1": share} if target.get("min") == 0 and target.get("max") == 1 else {}
 
 
 def _of_new_rows(run: Run, constant: float) -> float:

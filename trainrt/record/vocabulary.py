@@ -383,9 +383,7 @@ class Record:
 def merge_joint(joint: np.ndarray) -> np.ndarray:
     """[T, N, P, J] -> [T, P, J]: each N windows as one. What was not measured in some is that of the others."""
     unmeasured = np.isnan(joint)
-    merged = joint.sum(1)
-    if unmeasured.any():
-        merged = np.where(unmeasured.all(1), np.nan, np.nansum(joint, axis=1))
+    merged = np.where(unmeasured.all(1), np.nan, np.nansum(joint, axis=1)) if unmeasured.any() else joint.sum(1)
     for name, reduce in zip(JOINT_EXTREMES, (np.fmax, np.fmin), strict=True):
         merged[..., JOINT.index(name)] = reduce.reduce(joint[..., JOINT.index(name)], axis=1)
     return merged
