@@ -308,10 +308,7 @@ def test_what_no_cache_holds_is_updated_and_measured_as_well():
     grad[:, ::97] = 0
     grad[5, 5], grad[6, 6] = np.nan, 1e-30
     pair = [keras.Variable(start) for _ in range(2)]
-    ours, theirs = (
-        keras.optimizers.Adam(1e-8),
-        keras.optimizers.Adam(1e-8),
-    )  # so small that many updates are rounded away
+    ours, theirs = (keras.optimizers.Adam(1e-8) for _ in range(2))  # so small that many updates are rounded away
     for optimizer, weight in zip((ours, theirs), pair, strict=True):
         optimizer.build([weight])
     seen = tf.function(fused.plan(ours, pair[:1]).apply)([tf.constant(grad)])
