@@ -12,9 +12,7 @@ constexpr int kLow = 127 - 45, kHigh = 127 + 57;
 constexpr int kSubnormalsCount = 127 - 97;
 
 inline __attribute__((always_inline)) float roughly_total(const Floats* sets) {
-  Floats v = sets[0];
-  for (int j = 1; j < kSets; ++j) v += sets[j];
-  return across<float>(v, [](auto a, auto b) { return a + b; });
+  return across<float, 8>(eight(sets), [](auto a, auto b) { return a + b; });
 }
 
 // Whether products of these gradients fit float32: their sum is neither infinite nor so small that underflow would show,
@@ -27,32 +25,6 @@ inline __attribute__((always_inline)) bool fits(float product, const float* grad
   return !any(bits);
 }
 
-}  // namespace
-
-// Sums of one set of lanes.
-struct Set {
-  Floats sum = {}, squares = {};
-};
-
-// Of the lanes of all sets: bits of the largest and of the smallest magnitude.
-struct Range {
-  Ints top = {}, least = Ints{} + 0x7fffffff;
-};
-
-struct Sums {
-  Set set[kSets];
-  Range range;
-};
-
-namespace {
-
-inline __attribute__((always_inline)) void fold(Floats v, Ints magnitude, Set& into, Range& range) {
-  range.top = range.top > magnitude ? range.top : magnitude;
-  range.least = range.least < magnitude ? range.least : magnitude;
-  into.sum += v;
-  into.squares += v * v;
-}
-
 // How many of the values, a whole number of strides, are zero: asked for where the smallest magnitude of a block is.
 template <typename ValueAt>
 inline __attribute__((always_inline)) int64_t zeros_of(int size, ValueAt value_at) {
@@ -62,7 +34,7 @@ inline __attribute__((always_inline)) int64_t zeros_of(int size, ValueAt value_a
 }
 
 inline __attribute__((always_inline)) bool has_zero(const Range& range) {
-  return __builtin_expect(any(range.least == 0), 0);
+  return __builtin_expect(any_zero(range.least), 0);
 }
 
 // Whether squares fit float32 at a scale.
@@ -77,35 +49,21 @@ struct Limits {
     return largest == 0 || (largest >= low && largest < high);
   }
   inline __attribute__((always_inline)) bool hold(Ints top) const {
-    if (__builtin_expect(!any(((top < low) & (top > 0)) | (top >= high)), 1)) return true;
-    return hold(largest(top));
+    if (__builtin_expect(!any_outside(top, low, high), 1)) return true;
+    return !any_outside(top > 0 ? top : Ints{} + low, low, high) || hold(largest(top));
   }
 };
 
 }  // namespace
 
-template <typename SetOf>
-inline __attribute__((always_inline)) void Lanes::add(SetOf set_of, double factor) {
-  constexpr int kCount = kWidth / 2;  // as many as fill a register
-  typedef float Half __attribute__((vector_size(4 * kCount)));
-  typedef double Doubles __attribute__((vector_size(8 * kCount)));
-  constexpr auto lanes = std::make_integer_sequence<int, kCount>();
-  for (int j = 0; j < kHalf; ++j) {
-    const Floats both = set_of(j) + set_of(j + kHalf);
-    double* const at = lane + j * kWidth;
-    Doubles low, high;
-    memcpy(&low, at, sizeof low);
-    memcpy(&high, at + kCount, sizeof high);
-    low += __builtin_convertvector(half_of<Half, 0>(both, lanes), Doubles) * factor;
-    high += __builtin_convertvector(half_of<Half, kCount>(both, lanes), Doubles) * factor;
-    memcpy(at, &low, sizeof low);
-    memcpy(at + kCount, &high, sizeof high);
-  }
+inline __attribute__((always_inline)) void Lanes::add(const Floats* sets, double factor) {
+  const Doubles8 wide = widened(eight(sets));
+  lane += factor == 1 ? wide : wide * factor;
 }
 
 double Lanes::total() const {
   double sum = 0;
-  for (const double one : lane) sum += one;
+  for (int i = 0; i < 8; ++i) sum += lane[i];
   return sum;
 }
 
@@ -114,20 +72,21 @@ inline __attribute__((always_inline)) bool BlockFold::take(const Sums& sums, flo
   if (!Limits(scale).hold(sums.range.top)) return false;
   top_ = top_ > sums.range.top ? top_ : sums.range.top;
   const double back = scale == 1.0f ? 1.0 : 1.0 / static_cast<double>(scale);
-  sum_.add([&](int j) { return sums.set[j].sum; }, back);
-  sumsq_.add([&](int j) { return sums.set[j].squares; }, back * back);
+  sum_.add(sums.sum, back);
+  sumsq_.add(sums.squares, back * back);
   return true;
 }
 
 template <bool kScaled>
 inline __attribute__((always_inline)) bool BlockFold::sum_block(const float* x, int size, const float* ahead) {
   Sums sums;
+  for (int j = 0; j < kSets; ++j) sums.sum[j] = sums.squares[j] = Floats{};
   const Floats factor = scale_ - Floats{};
   for (int i = 0; i < size; i += kLanes) {
     for (int j = 0; j < kSets; ++j) {
       if (j * kWidth % 16 == 0) __builtin_prefetch(ahead + i + j * kWidth, 0, 1);
       const Floats v = load(x + i + j * kWidth);
-      fold(kScaled ? v * factor : v, magnitudes(v), sums.set[j], sums.range);
+      fold(kScaled ? v * factor : v, magnitudes(v), sums.sum[j], sums.squares[j], sums.range);
     }
   }
   if (take(sums, kScaled ? scale_ : 1.0f)) {
@@ -152,6 +111,22 @@ void BlockFold::add(const float* x, int size, const float* ahead) {
   }
   if (__builtin_expect(scale_ == 1.0f && sum_block<false>(x, size, ahead), 1)) return;
   add_with_care(x, size, padded);
+}
+
+// x: a whole number of strides; scratch: kBlock floats.
+inline __attribute__((always_inline)) void BlockFold::add_sums(const Sums& sums, const float* x, int size,
+                                                               float* scratch) {
+  if (!take(sums)) {
+    add_with_care(x, size, scratch);
+  } else if (has_zero(sums.range)) {
+    zeros_ += zeros_of(size, [&](int i) { return load(x + i); });
+  }
+}
+
+void BlockFold::add(const Sums& sums, const float* x, int size) {
+  alignas(64) float scratch[kBlock];
+  count_ += size;
+  add_sums(sums, x, size, scratch);
 }
 
 // x: a whole number of strides; scratch: kBlock floats, may be x itself.
@@ -226,46 +201,44 @@ void StepFold::add(const float* gradient, bool known, const float* before, const
 
 template <bool kKnown>
 void StepFold::add_strides(const float* gradient, const float* before, const float* after, int size) {
-  Sums gradients, updates, weights;
-  Floats products[kSets];
+  StepSums sums;
   for (int j = 0; j < kSets; ++j) {  // one set after the other, as all do not fit the registers
-    Set of_gradient, of_update, of_weight;
-    Floats product = {};
+    Floats sum[3] = {}, squares[3] = {}, product = {};
     for (int i = j * kWidth; i < size; i += kLanes) {
       if (j * kWidth % 16 == 0) {
         __builtin_prefetch(gradient + kAhead + i, 0, 1);
         __builtin_prefetch(after + kAhead + i, 0, 1);
       }
       const Floats g = load(gradient + i), w = load(after + i), u = w - load(before + i);
-      if (!kKnown) fold(g, magnitudes(g), of_gradient, gradients.range);
-      fold(u, magnitudes(u), of_update, updates.range);
-      fold(w, magnitudes(w), of_weight, weights.range);
-      product += g * u;
+      if (!kKnown) fold(g, magnitudes(g), sum[0], squares[0], sums.gradient.range);
+      fold(u, magnitudes(u), sum[1], squares[1], sums.update.range);
+      fold(w, magnitudes(w), sum[2], squares[2], sums.weight.range);
+      product = multiply_add(g, u, product);
     }
-    gradients.set[j] = of_gradient;
-    updates.set[j] = of_update;
-    weights.set[j] = of_weight;
-    products[j] = product;
+    int subject = 0;
+    for (Sums* one : {&sums.gradient, &sums.update, &sums.weight}) {
+      one->sum[j] = sum[subject];
+      one->squares[j] = squares[subject++];
+    }
+    sums.product[j] = product;
   }
+  add_sums<kKnown>(sums, gradient, before, after, size);
+}
+
+template <bool kKnown>
+inline __attribute__((always_inline)) void StepFold::add_sums(const StepSums& sums, const float* gradient,
+                                                              const float* before, const float* after, int size) {
   alignas(64) float scratch[kBlock], update[kBlock];
   const auto update_at = [&](int i) { return load(after + i) - load(before + i); };
-  if (!kKnown && !gradient_.take(gradients)) {
-    gradient_.add_with_care(gradient, size, scratch);
-  } else if (!kKnown && has_zero(gradients.range)) {
-    gradient_.zeros_ += zeros_of(size, [&](int i) { return load(gradient + i); });
-  }
-  if (!weight_.take(weights)) {
-    weight_.add_with_care(after, size, scratch);
-  } else if (has_zero(weights.range)) {
-    weight_.zeros_ += zeros_of(size, [&](int i) { return load(after + i); });
-  }
-  const bool taken = update_.take(updates);
-  const int64_t still = has_zero(updates.range) ? zeros_of(size, update_at) : 0;
+  if (!kKnown) gradient_.add_sums(sums.gradient, gradient, size, scratch);
+  weight_.add_sums(sums.weight, after, size, scratch);
+  const bool taken = update_.take(sums.update);
+  const int64_t still = has_zero(sums.update.range) ? zeros_of(size, update_at) : 0;
   if (taken) update_.zeros_ += still;
-  const float product = roughly_total(products);
-  const bool fit = (product == 0 && !any(updates.range.top)) || fits(product, gradient, size);
+  const float product = roughly_total(sums.product);
+  const bool fit = (product == 0 && !any(sums.update.range.top)) || fits(product, gradient, size);
   if (__builtin_expect(fit, 1)) {
-    product_.add([&](int j) { return products[j]; }, 1.0);
+    product_.add(sums.product);
     const auto either_at = [&](int i) {
       return reinterpret_cast<Floats>(magnitudes(load(gradient + i)) | magnitudes(update_at(i)));
     };
@@ -275,6 +248,15 @@ void StepFold::add_strides(const float* gradient, const float* before, const flo
   for (int i = 0; i < size; ++i) update[i] = after[i] - before[i];
   if (!taken) update_.add_with_care(update, size, scratch);
   for (int i = 0; !fit && i < size; ++i) fold(gradient[i], update[i], rest_);
+}
+
+void StepFold::add(const StepSums& sums, bool known, const float* gradient, const float* before, const float* after,
+                   int size) {
+  update_.count_ += size;
+  weight_.count_ += size;
+  if (known) return add_sums<true>(sums, gradient, before, after, size);
+  gradient_.count_ += size;
+  add_sums<false>(sums, gradient, before, after, size);
 }
 
 void StepFold::add_update(const float* gradient, bool known, const float* update, const float* after, int size) {
@@ -339,7 +321,7 @@ void AdaptiveFold::add_strides(const float* gradient, const float* momentum, con
     }
   }
   if (momentum && __builtin_expect(fits(roughly_total(p), gradient, size), 1)) {
-    product_.add([&](int j) { return p[j]; }, 1.0);
+    product_.add(p);
   } else if (momentum) {
     for (int i = 0; i < size; ++i) rest_.product += exact(gradient[i]) * exact(momentum[i]);
   }
@@ -350,8 +332,8 @@ void AdaptiveFold::add_strides(const float* gradient, const float* momentum, con
     for (int i = 0; i < size; ++i) adapt_one<float>(gradient + i, nullptr, second + i, division, rest_);
     return;
   }
-  normalized_.add([&](int j) { return n[j]; }, 1.0);
-  inverse_.add([&](int j) { return y[j]; }, 1.0);
+  normalized_.add(n);
+  inverse_.add(y);
   const double lowest = exact(across<float>(low, [](auto a, auto b) { return a < b ? a : b; }));
   rest_.lowest = lowest < rest_.lowest ? lowest : rest_.lowest;
   if (lowest < division.floor) {

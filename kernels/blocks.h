@@ -8,28 +8,41 @@
 namespace trainrt {
 
 constexpr int kLanes = 32, kSets = kLanes / kWidth;
-constexpr int kHalf = kSets / 2;   // vectors of float64 lanes, which are half as many
 constexpr int kAhead = 512;       // elements; hides the memory's latency behind the arithmetic (benchmarks/kernels.py)
 static_assert(kBlock % kLanes == 0, "a full block is a whole number of strides");
 
-// How many elements to fold at a time, of so many: of what no cache holds so few that the loads of the next ones overlap.
-inline int block_of(int64_t elements) { return elements > (2 << 20) ? 128 * 16 / kWidth : kBlock; }
-
-// 16 lanes of float64, each the sum of two lanes of float32 in every block.
+// 8 lanes of float64, each the sum of four lanes of float32 in every block.
 struct Lanes {
-  double lane[kLanes / 2] = {};
-  template <typename SetOf>
-  void add(SetOf set_of, double factor);  // set_of(j): Floats, of kSets
+  Doubles8 lane = {};
+  void add(const Floats* sets, double factor = 1);  // kSets
   double total() const;
 };
 
-struct Sums;
+// Of the lanes of all sets: bits of the largest and of the smallest magnitude.
+struct Range {
+  Ints top = {}, least = Ints{} + 0x7fffffff;
+};
+
+// Sums of one block.
+struct Sums {
+  Floats sum[kSets], squares[kSets];
+  Range range;
+};
+
+inline __attribute__((always_inline)) void fold(Floats v, Ints magnitude, Floats& sum, Floats& squares, Range& range) {
+  range.top = range.top > magnitude ? range.top : magnitude;
+  range.least = range.least < magnitude ? range.least : magnitude;
+  sum += v;
+  squares = multiply_add(v, v, squares);
+}
 
 // Folds blocks of float32 into the moments of one chunk.
 class BlockFold {
  public:
   // x: `size` <= kBlock elements. `ahead`: where to fetch as many elements from meanwhile; may be any address.
   void add(const float* x, int size, const float* ahead);
+  // The same of a whole number of strides that someone else has summed.
+  void add(const Sums& sums, const float* x, int size);
   Moments moments() const;
 
  private:
@@ -44,7 +57,14 @@ class BlockFold {
   template <bool kScaled>
   bool sum_block(const float* x, int size, const float* ahead);
   bool take(const Sums& sums, float scale = 1.0f);
+  void add_sums(const Sums& sums, const float* x, int size, float* scratch);
   void add_with_care(const float* x, int size, float* scratch);
+};
+
+// Sums of one block of a step.
+struct StepSums {
+  Sums gradient, update, weight;
+  Floats product[kSets];
 };
 
 // Folds what a step did to a weight: the moments of its gradient, of the update = after - before, which is never stored,
@@ -54,6 +74,8 @@ class StepFold {
   // `gradient` may be null, and is not measured if it is `known`.
   void add(const float* gradient, bool known, const float* before, const float* after, int size);
   void add_update(const float* gradient, bool known, const float* update, const float* after, int size);
+  // The same of a whole number of strides that someone else has summed.
+  void add(const StepSums& sums, bool known, const float* gradient, const float* before, const float* after, int size);
   Moments gradient() const { return gradient_.moments(); }
   Moments update() const { return update_.moments(); }
   Moments weight() const { return weight_.moments(); }
@@ -67,6 +89,8 @@ class StepFold {
 
   template <bool kKnown>
   void add_strides(const float* gradient, const float* before, const float* after, int size);
+  template <bool kKnown>
+  void add_sums(const StepSums& sums, const float* gradient, const float* before, const float* after, int size);
 };
 
 // Folds what blocks of a gradient share with the slots beside it; any of the three may be null.

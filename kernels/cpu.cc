@@ -29,13 +29,13 @@ Moments measure_chunk(const Span& span, int64_t offset) {
 
 // One chunk of a weight that something else updated. G: dtype of the gradient, which need not be the weight's.
 template <typename T, typename G>
-void observe_chunk(const T* before, const T* after, const G* gradient, bool measures, int64_t size, int block,
+void observe_chunk(const T* before, const T* after, const G* gradient, bool measures, int64_t size,
                    Partial& partial) {
   constexpr bool kAlike = std::is_same_v<T, G>;
   typename Folded<T>::Step folded;
   typename Folded<G>::Fold of_gradient;
-  for (int64_t begin = 0; begin < size; begin += block) {
-    const int n = static_cast<int>(std::min<int64_t>(block, size - begin));
+  for (int64_t begin = 0; begin < size; begin += kBlock) {
+    const int n = static_cast<int>(std::min<int64_t>(kBlock, size - begin));
     const T *old = before + begin, *now = after + begin;
     const G* one = gradient ? gradient + begin : nullptr;
     if constexpr (kAlike) {
@@ -148,7 +148,7 @@ void observe(const Observe& o, const Parallel& parallel) {
           const auto* gradient = static_cast<decltype(gradient_type)>(o.gradients[t].data);
           observe_chunk(static_cast<decltype(type)>(o.before[t].data) + offset,
                         static_cast<decltype(type)>(o.after[t].data) + offset, gradient ? gradient + offset : nullptr,
-                        o.measured == nullptr, size, block_of(plan.elements), partial);
+                        o.measured == nullptr, size, partial);
         });
       });
       partial.adaptive = Adaptive();

@@ -83,10 +83,13 @@ struct Update {
 // (null past the rule's own).
 using Step = void (*)(const void*, int, const void*, const void*, void*, void* const*);
 using Steps = std::array<Step, kDtypes>;
+struct Strides;
+using Folds = std::array<void (*)(const float*, const Strides&), 2>;  // scalars, a block; by whether the gradient is known
 struct Rule {
   std::string name;
   int slots, scalars;
   Steps graph, eager, apart;  // `apart` is null where the rule has no such step
+  Folds graph_folds, eager_folds;  // `strides.h`
 };
 const Rule* find_rule(const std::string& name);
 

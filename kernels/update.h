@@ -5,6 +5,7 @@
 #include "blocks.h"
 #include "kernels.h"
 #include "roots.h"
+#include "strides.h"
 
 namespace trainrt {
 
@@ -107,8 +108,7 @@ struct Partial {
 };
 
 template <typename T>
-void update_chunk(const Rule& rule, const Update& u, const T* scales, int index, int64_t offset, int block,
-                  Partial& partial) {
+void update_chunk(const Rule& rule, const Update& u, const T* scales, int index, int64_t offset, Partial& partial) {
   using Fold = typename Folded<T>::Fold;
   using Wide = typename Folded<T>::Wide;
   const Weight& one = u.weights[index];
@@ -120,6 +120,7 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
   const T* gradient = static_cast<const T*>(one.gradient) + (one.gradient && !rows ? offset : 0);
 
   const Step step = (rows ? rule.apart : u.graph ? rule.graph : rule.eager)[static_cast<int>(DtypeOf<T>::value)];
+  const auto folds = (u.graph ? rule.graph_folds : rule.eager_folds)[u.measured != nullptr];
   T scalars[kMaxScalars];
   const int given = rule.scalars + (one.decay == Decay::kNone ? 0 : kDecayScalars);
   for (int i = 0; i < given; ++i) scalars[i] = *static_cast<const T*>(u.scalars[i]);
@@ -127,21 +128,25 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
   Fold of_slot[kMaxSlots];
   typename Folded<T>::Step folded;
   typename Folded<T>::Adapt adaptive;
-  const bool adapts = u.slots_due && (u.momentum >= 0 || u.second >= 0);
+  const bool adapts = u.slots_due && (u.momentum >= 0 || u.second >= 0), decays = one.decay != Decay::kNone;
+  const bool strides = std::is_same_v<T, float> && u.observe && gradient && !rows;
   alignas(64) T prepared[kBlock], before[kBlock], summed[kBlock], squares[kBlock];
   alignas(64) Wide scratch[kBlock];
   const auto measure = [&](Fold& fold, const T* x, int n, int ahead) {
     fold.add(Folded<T>::widen(x, n, scratch), n, reinterpret_cast<const Wide*>(x + ahead));
   };
-  for (int64_t begin = 0; begin < size; begin += block) {
-    const int n = static_cast<int>(std::min<int64_t>(block, size - begin));
+  for (int64_t begin = 0, n = 0; begin < size; begin += n) {
+    n = std::min<int64_t>(kBlock, size - begin);
+    if (strides && n > kLanes) n = n / kLanes * kLanes;
+    const bool whole = strides && n % kLanes == 0;
     T* w = weight + begin;
     void* q[kMaxSlots] = {};
     for (int k = 0; k < rule.slots; ++k) q[k] = slots[k] + begin;
     const T *raw = gradient ? gradient + begin : nullptr, *taken = raw;
+    T scale = scales ? scales[index] : T(1.0f);
     if (gradient) {
       if (rows) {
-        gather(*rows, gradient, scales ? scales[index] : T(1.0f), offset + begin, n,
+        gather(*rows, gradient, scale, offset + begin, n,
                {summed, scales ? prepared : nullptr, squares});
         raw = summed;
         taken = scales ? prepared : summed;
@@ -150,22 +155,29 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
           prepare(how, taken, factor, n, prepared);
           taken = prepared;
         };
-        if (scales) prepare_by(Prepare::kMultiply, scales[index]);
+        if (scales && (!whole || u.factor_count)) {
+          prepare_by(Prepare::kMultiply, scale);
+          scale = T(1.0f);
+        }
         for (int f = 0; f < u.factor_count; ++f) {
           const Factor& factor = u.factors[f];
           prepare_by(factor.how, static_cast<const T*>(factor.values)[factor.each ? index : 0]);
         }
       }
-      if (u.observe) __builtin_memcpy(before, w, n * sizeof(T));
-      if (one.decay != Decay::kNone) decay(one.decay, scalars + rule.scalars, n, w);
-      step(scalars, n, taken, rows ? squares : nullptr, w, q);
+      if (u.observe && (decays || !whole)) __builtin_memcpy(before, w, n * sizeof(T));
+      if (decays) decay(one.decay, scalars + rule.scalars, n, w);
+      if constexpr (std::is_same_v<T, float>) {
+        if (whole) folds(scalars, {static_cast<int>(n), raw, taken, scale, decays ? before : w, before, w, q, &folded, of_slot});
+      }
+      if (!whole) step(scalars, n, taken, rows ? squares : nullptr, w, q);
     }
     if (!u.observe) continue;
-    Folded<T>::step(folded, raw, u.measured, gradient ? before : w, w, n);
+    if (!whole) {
+      Folded<T>::step(folded, raw, u.measured, gradient ? before : w, w, n);
+      for (int k = 0; k < rule.slots; ++k) measure(of_slot[k], slots[k] + begin, n, kAhead);
+    }
     const auto slot_at = [&](int k) { return k < 0 ? nullptr : slots[k] + begin; };
-    if (adapts)
-      Folded<T>::adapt(adaptive, raw, slot_at(u.momentum), slot_at(u.second), n, u.division);
-    for (int k = 0; k < rule.slots; ++k) measure(of_slot[k], slots[k] + begin, n, kAhead);
+    if (adapts) Folded<T>::adapt(adaptive, raw, slot_at(u.momentum), slot_at(u.second), n, u.division);
   }
   if (!u.observe) return;
   partial.gradient = folded.gradient();
@@ -196,7 +208,7 @@ void run_update(const Rule& rule, const Update& u, const Parallel& parallel) {
   parallel(plan.count(), plan.elements, [&](int64_t begin, int64_t end) {
     Partial unused;
     plan.each(begin, end, [&](int64_t chunk, int tensor, int64_t offset) {
-      update_chunk<T>(rule, u, scales, tensor, offset, block_of(plan.elements), u.observe ? results[chunk] : unused);
+      update_chunk<T>(rule, u, scales, tensor, offset, u.observe ? results[chunk] : unused);
     });
   });
   if (!u.observe) return;
@@ -261,9 +273,16 @@ constexpr Steps apart() {
     return {};
 }
 
+template <typename R, bool kGraph>
+constexpr Folds folds() {
+  return {step_and_fold<R, kGraph, false>, step_and_fold<R, kGraph, true>};
+}
+
 template <typename R>
 Rule rule() {
-  return {R::kName, R::kSlots, R::kScalars, steps<R, true>(), steps<R, !HasRoot<R>::value>(), apart<R>()};
+  constexpr bool kAlike = !HasRoot<R>::value;
+  return {R::kName,          R::kSlots,  R::kScalars,      steps<R, true>(),
+          steps<R, kAlike>(), apart<R>(), folds<R, true>(), folds<R, kAlike>()};
 }
 
 }  // namespace trainrt
