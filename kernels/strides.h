@@ -101,11 +101,6 @@ void step_and_fold(const float* scalars, const Strides& given) {
   for (int from = 0; from < kSets; from += kTogether) {
     Registers<1 + kSlots> r{.ranges = ranges};
     each(from, b.size, [&](int j, int i) __attribute__((always_inline)) {
-      if (i % 16 == 0) {
-        __builtin_prefetch(b.raw + kAhead + i, 0, 1);
-        __builtin_prefetch(b.weight + kAhead + i, 0, 1);
-        for (int k = 0; k < kSlots; ++k) __builtin_prefetch(slots[k] + kAhead + i, 0, 1);
-      }
       store(b.before + i, load(b.old + i));
       Packet w = load(b.weight + i), q[kMaxSlots];
       const Packet g = load(b.taken + i) * scale;
