@@ -78,13 +78,12 @@ inline __attribute__((always_inline)) bool BlockFold::take(const Sums& sums, flo
 }
 
 template <bool kScaled>
-inline __attribute__((always_inline)) bool BlockFold::sum_block(const float* x, int size, const float* ahead) {
+inline __attribute__((always_inline)) bool BlockFold::sum_block(const float* x, int size) {
   Sums sums;
   for (int j = 0; j < kSets; ++j) sums.sum[j] = sums.squares[j] = Floats{};
   const Floats factor = scale_ - Floats{};
   for (int i = 0; i < size; i += kLanes) {
     for (int j = 0; j < kSets; ++j) {
-      if (j * kWidth % 16 == 0) __builtin_prefetch(ahead + i + j * kWidth, 0, 1);
       const Floats v = load(x + i + j * kWidth);
       fold(kScaled ? v * factor : v, magnitudes(v), sums.sum[j], sums.squares[j], sums.range);
     }
@@ -97,7 +96,7 @@ inline __attribute__((always_inline)) bool BlockFold::sum_block(const float* x, 
   return false;
 }
 
-void BlockFold::add(const float* x, int size, const float* ahead) {
+void BlockFold::add(const float* x, int size) {
   alignas(64) float padded[kBlock];
   const int tail = size % kLanes;
   count_ += size;
@@ -109,7 +108,7 @@ void BlockFold::add(const float* x, int size, const float* ahead) {
     size += padding;
     zeros_ -= padding;
   }
-  if (__builtin_expect(scale_ == 1.0f && sum_block<false>(x, size, ahead), 1)) return;
+  if (__builtin_expect(scale_ == 1.0f && sum_block<false>(x, size), 1)) return;
   add_with_care(x, size, padded);
 }
 
@@ -131,9 +130,9 @@ void BlockFold::add(const Sums& sums, const float* x, int size) {
 
 // x: a whole number of strides; scratch: kBlock floats, may be x itself.
 __attribute__((noinline)) void BlockFold::add_with_care(const float* x, int size, float* scratch) {
-  if (scale_ != 1.0f && sum_block<true>(x, size, x)) return;
+  if (scale_ != 1.0f && sum_block<true>(x, size)) return;
   scale_ = 1.0f;
-  if (sum_block<false>(x, size, x)) return;
+  if (sum_block<false>(x, size)) return;
   if (seen_ >= 0x7f800000) {
     int64_t nonfinite = 0;
     for (int i = 0; i < size; ++i) {
@@ -144,7 +143,7 @@ __attribute__((noinline)) void BlockFold::add_with_care(const float* x, int size
     rare_.nonfinite += nonfinite;
     zeros_ -= nonfinite;
     x = scratch;
-    if (sum_block<false>(x, size, x)) return;
+    if (sum_block<false>(x, size)) return;
   }
   // The largest magnitude goes to about 1; where it is so small that subnormals count, TensorFlow's threads, which read
   // them as zero, must not multiply them.
@@ -152,7 +151,7 @@ __attribute__((noinline)) void BlockFold::add_with_care(const float* x, int size
     int shift = 127 - (seen_ >> 23);
     shift = shift > 126 ? 126 : shift < -126 ? -126 : shift;
     scale_ = float_of(static_cast<uint32_t>(shift + 127) << 23);
-    if (sum_block<true>(x, size, x)) return;
+    if (sum_block<true>(x, size)) return;
     scale_ = 1.0f;
   }
   Moments slow;
@@ -178,7 +177,7 @@ void StepFold::add(const float* gradient, bool known, const float* before, const
     return add_update(nullptr, known, padded[0], after, size);
   }
   if (kWidth < 16 && !known) {  // there are too few registers for the sums of all three
-    gradient_.add(gradient, size, gradient);
+    gradient_.add(gradient, size);
     known = true;
   }
   const int padding = -size & (kLanes - 1);
@@ -205,10 +204,6 @@ void StepFold::add_strides(const float* gradient, const float* before, const flo
   for (int j = 0; j < kSets; ++j) {  // one set after the other, as all do not fit the registers
     Floats sum[3] = {}, squares[3] = {}, product = {};
     for (int i = j * kWidth; i < size; i += kLanes) {
-      if (j * kWidth % 16 == 0) {
-        __builtin_prefetch(gradient + kAhead + i, 0, 1);
-        __builtin_prefetch(after + kAhead + i, 0, 1);
-      }
       const Floats g = load(gradient + i), w = load(after + i), u = w - load(before + i);
       if (!kKnown) fold(g, magnitudes(g), sum[0], squares[0], sums.gradient.range);
       fold(u, magnitudes(u), sum[1], squares[1], sums.update.range);
@@ -260,10 +255,10 @@ void StepFold::add(const StepSums& sums, bool known, const float* gradient, cons
 }
 
 void StepFold::add_update(const float* gradient, bool known, const float* update, const float* after, int size) {
-  update_.add(update, size, update);
-  weight_.add(after, size, after);
+  update_.add(update, size);
+  weight_.add(after, size);
   if (!gradient) return;
-  if (!known) gradient_.add(gradient, size, gradient);
+  if (!known) gradient_.add(gradient, size);
   for (int i = 0; i < size; ++i) fold(gradient[i], update[i], rest_);
 }
 
@@ -359,7 +354,7 @@ void WideAdaptiveFold::add(const double* gradient, const double* momentum, const
               division, result_);
 }
 
-void WideFold::add(const double* x, int size, const double*) {
+void WideFold::add(const double* x, int size) {
   for (int i = 0; i < size; ++i) fold(x[i], moments_);
 }
 

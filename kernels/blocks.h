@@ -8,7 +8,6 @@
 namespace trainrt {
 
 constexpr int kLanes = 32, kSets = kLanes / kWidth;
-constexpr int kAhead = 512;       // elements; hides the memory's latency behind the arithmetic (benchmarks/kernels.py)
 static_assert(kBlock % kLanes == 0, "a full block is a whole number of strides");
 
 // 8 lanes of float64, each the sum of four lanes of float32 in every block.
@@ -39,8 +38,8 @@ inline __attribute__((always_inline)) void fold(Floats v, Ints magnitude, Floats
 // Folds blocks of float32 into the moments of one chunk.
 class BlockFold {
  public:
-  // x: `size` <= kBlock elements. `ahead`: where to fetch as many elements from meanwhile; may be any address.
-  void add(const float* x, int size, const float* ahead);
+  // x: `size` <= kBlock elements.
+  void add(const float* x, int size);
   // The same of a whole number of strides that someone else has summed.
   void add(const Sums& sums, const float* x, int size);
   Moments moments() const;
@@ -55,7 +54,7 @@ class BlockFold {
   Moments rare_;
 
   template <bool kScaled>
-  bool sum_block(const float* x, int size, const float* ahead);
+  bool sum_block(const float* x, int size);
   bool take(const Sums& sums, float scale = 1.0f);
   void add_sums(const Sums& sums, const float* x, int size, float* scratch);
   void add_with_care(const float* x, int size, float* scratch);
@@ -109,7 +108,7 @@ class AdaptiveFold {
 // The same of float64 elements, one by one.
 class WideFold {
  public:
-  void add(const double* x, int size, const double*);
+  void add(const double* x, int size);
   Moments moments() const { return moments_; }
 
  private:

@@ -22,7 +22,7 @@ Moments measure_chunk(const Span& span, int64_t offset) {
     const int n = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
     if (span.rows) gather(*span.rows, x, T(1.0f), begin, n, {summed, nullptr, nullptr});
     const auto* block = Folded<T>::widen(span.rows ? summed : x + begin, n, scratch);
-    fold.add(block, n, span.rows ? block : block + 2 * kAhead);
+    fold.add(block, n);
   }
   return fold.moments();
 }
@@ -49,7 +49,7 @@ void observe_chunk(const T* before, const T* after, const G* gradient, bool meas
       for (int i = 0; one && i < n; ++i) cast[i] = static_cast<Wide>(static_cast<typename Folded<G>::Wide>(one[i]));
       folded.add_update(one ? cast : nullptr, true, Folded<T>::widen(update, n, wide_update),
                         Folded<T>::widen(now, n, wide_weight), n);
-      if (one && measures) of_gradient.add(Folded<G>::widen(one, n, wide), n, nullptr);
+      if (one && measures) of_gradient.add(Folded<G>::widen(one, n, wide), n);
     }
   }
   partial.gradient = kAlike ? folded.gradient() : of_gradient.moments();

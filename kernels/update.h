@@ -132,9 +132,6 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
   const bool strides = std::is_same_v<T, float> && u.observe && gradient && !rows;
   alignas(64) T prepared[kBlock], before[kBlock], summed[kBlock], squares[kBlock];
   alignas(64) Wide scratch[kBlock];
-  const auto measure = [&](Fold& fold, const T* x, int n, int ahead) {
-    fold.add(Folded<T>::widen(x, n, scratch), n, reinterpret_cast<const Wide*>(x + ahead));
-  };
   for (int64_t begin = 0, n = 0; begin < size; begin += n) {
     n = std::min<int64_t>(kBlock, size - begin);
     if (strides && n > kLanes) n = n / kLanes * kLanes;
@@ -174,7 +171,7 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
     if (!u.observe) continue;
     if (!whole) {
       Folded<T>::step(folded, raw, u.measured, gradient ? before : w, w, n);
-      for (int k = 0; k < rule.slots; ++k) measure(of_slot[k], slots[k] + begin, n, kAhead);
+      for (int k = 0; k < rule.slots; ++k) of_slot[k].add(Folded<T>::widen(slots[k] + begin, n, scratch), n);
     }
     const auto slot_at = [&](int k) { return k < 0 ? nullptr : slots[k] + begin; };
     if (adapts) Folded<T>::adapt(adaptive, raw, slot_at(u.momentum), slot_at(u.second), n, u.division);
