@@ -83,13 +83,18 @@ struct Update {
 // (null past the rule's own).
 using Step = void (*)(const void*, int, const void*, const void*, void*, void* const*);
 using Steps = std::array<Step, kDtypes>;
-struct Strides;
-using Folds = std::array<void (*)(const float*, const Strides&), 2>;  // scalars, a block; by whether the gradient is known
+
+// The same of whole strides of float32, with what is folded meanwhile; the gradient is left out if its clip, whose scale
+// is applied here, has measured it.
+enum class Folding : int { kNone = 0, kAllButGradient = 1, kAll = 2 };
+struct Strides;  // `strides.h`
+using Folds = std::array<void (*)(const float* scalars, const Strides&), 3>;
+
 struct Rule {
   std::string name;
   int slots, scalars;
   Steps graph, eager, apart;  // `apart` is null where the rule has no such step
-  Folds graph_folds, eager_folds;  // `strides.h`
+  Folds graph_folds, eager_folds;
 };
 const Rule* find_rule(const std::string& name);
 

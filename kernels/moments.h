@@ -2,7 +2,7 @@
 // it. No TensorFlow header.
 //
 // Sums are over the finite elements. float32 elements are summed in float32 over blocks of at most `kBlock`, spread over
-// 32 lanes (so 8 additions a lane), and blocks are folded in float64 in order: a relative error of a few 1e-7 and the
+// 32 lanes (so 16 additions a lane), and blocks are folded in float64 in order: a relative error of a few 1e-7 and the
 // same bits whatever the number of threads. A block whose squares would leave float32's range is scaled by a power of
 // two, which is exact.
 #pragma once

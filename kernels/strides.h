@@ -1,4 +1,4 @@
-// A fused update that is observed, of whole strides of float32: the rule, which waits for divisions and roots, and the
+// A fused update of whole strides of float32: the clip's scale, the rule, which waits for divisions and roots, and the
 // folds, which do not, in the same loop.
 #pragma once
 
@@ -14,9 +14,9 @@ struct Strides {
   int size;            // <= kBlock, a multiple of kLanes
   const float* raw;    // the gradient
   const float* taken;  // what was made of it, but for `scale`
-  float scale;
-  const float* old;  // the weight before it decayed; may be the weight itself
-  float* before;     // where that is kept; may be `old`
+  float scale;         // not for `Folding::kAll`: even a factor of one makes zero of a subnormal
+  const float* old;    // the weight before it decayed; may be the weight itself
+  float* before;       // where that is kept; may be `old`
   float* weight;
   void* const* slots;  // [slots] of float
   StepFold* step;
@@ -73,16 +73,20 @@ inline __attribute__((always_inline)) void fold_update(const Strides& b, StepSum
 
 }  // namespace strides
 
-// The rule over a block, and all its folds. `kKnown`: the gradient has been measured already.
-template <typename R, bool kGraph, bool kKnown>
+template <typename R, bool kGraph, Folding kFolding>
 void step_and_fold(const float* scalars, const Strides& given) {
   using namespace strides;
   constexpr int kSlots = R::kSlots;
+  constexpr bool kFolds = kFolding != Folding::kNone, kScales = kFolding != Folding::kAll;
   constexpr bool kApart = HasRoot<R>::value && kGraph;  // all roots first
   const Strides b = given;
   float* slots[kMaxSlots];
   for (int k = 0; k < kSlots; ++k) slots[k] = static_cast<float*>(b.slots[k]);
   const Packet scale(b.scale);
+  const auto gradient_at = [&](int i) __attribute__((always_inline)) {
+    const Packet g = load(b.taken + i);
+    return kScales ? g * scale : g;
+  };
   Packet s[kMaxScalars];
   for (int k = 0; k < R::kScalars; ++k) s[k] = Packet(scalars[k]);
   alignas(64) float roots[kBlock];
@@ -90,7 +94,7 @@ void step_and_fold(const float* scalars, const Strides& given) {
     for (int i = 0; i < b.size; i += kWidth) {
       Packet q[kMaxSlots];
       for (int k = 0; k < kSlots; ++k) q[k] = load(slots[k] + i);
-      store(roots + i, R::radicand(s, load(b.taken + i) * scale, q).v);
+      store(roots + i, R::radicand(s, gradient_at(i), q).v);
       for (int k = 0; k < kSlots; ++k) store(slots[k] + i, q[k].v);
     }
     reciprocal_roots(roots, b.size);
@@ -101,9 +105,9 @@ void step_and_fold(const float* scalars, const Strides& given) {
   for (int from = 0; from < kSets; from += kTogether) {
     Registers<1 + kSlots> r{.ranges = ranges};
     each(from, b.size, [&](int j, int i) __attribute__((always_inline)) {
-      store(b.before + i, load(b.old + i));
+      if (kFolds) store(b.before + i, load(b.old + i));
       Packet w = load(b.weight + i), q[kMaxSlots];
-      const Packet g = load(b.taken + i) * scale;
+      const Packet g = gradient_at(i);
       for (int k = 0; k < kSlots; ++k) q[k] = load(slots[k] + i);
       if constexpr (kApart) {
         R::step(s, g, w, q, TimesReciprocal<Packet>{load(roots + i)});
@@ -111,17 +115,18 @@ void step_and_fold(const float* scalars, const Strides& given) {
         step_element<R>(s, g, w, q);
       }
       store(b.weight + i, w.v);
-      if (!kKnown) r.fold(j, 0, load(b.raw + i));
+      if (kFolding == Folding::kAll) r.fold(j, 0, load(b.raw + i));
       for (int k = 0; k < kSlots; ++k) {
         store(slots[k] + i, q[k].v);
-        r.fold(j, 1 + k, q[k].v);
+        if (kFolds) r.fold(j, 1 + k, q[k].v);
       }
     });
     r.store(0, from, sums.gradient);
     for (int k = 0; k < kSlots; ++k) r.store(1 + k, from, of_slots[k]);
   }
+  if (!kFolds) return;
   fold_update(b, sums);
-  b.step->add(sums, kKnown, b.raw, b.before, b.weight, b.size);
+  b.step->add(sums, kFolding == Folding::kAllButGradient, b.raw, b.before, b.weight, b.size);
   for (int k = 0; k < kSlots; ++k) b.of_slot[k].add(of_slots[k], slots[k], b.size);
 }
 

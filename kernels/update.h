@@ -1,5 +1,6 @@
 // A fused update on the CPU: load, step, store and fold, block by block, each block's statistics taken while it lies in
-// the first-level cache. The rule itself is elementwise (`updates/`), shared with the device code.
+// the first-level cache. The rule itself is elementwise (`updates/`), shared with the device code. Whole strides of
+// float32, nearly all that is ever trained, go through `strides.h`.
 #pragma once
 
 #include "blocks.h"
@@ -120,16 +121,19 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
   const T* gradient = static_cast<const T*>(one.gradient) + (one.gradient && !rows ? offset : 0);
 
   const Step step = (rows ? rule.apart : u.graph ? rule.graph : rule.eager)[static_cast<int>(DtypeOf<T>::value)];
-  const auto folds = (u.graph ? rule.graph_folds : rule.eager_folds)[u.measured != nullptr];
+  const bool scaled = scales && !u.factor_count && (u.measured || !u.observe);  // in the loop of the step
+  const bool strides = std::is_same_v<T, float> && gradient && !rows && (u.observe || scaled);
+  const Folding folding = !u.observe ? Folding::kNone : scaled ? Folding::kAllButGradient : Folding::kAll;
+  const auto folds = (u.graph ? rule.graph_folds : rule.eager_folds)[static_cast<int>(folding)];
   T scalars[kMaxScalars];
   const int given = rule.scalars + (one.decay == Decay::kNone ? 0 : kDecayScalars);
   for (int i = 0; i < given; ++i) scalars[i] = *static_cast<const T*>(u.scalars[i]);
+  const T scale = scales ? scales[index] : T(1.0f);
 
   Fold of_slot[kMaxSlots];
   typename Folded<T>::Step folded;
   typename Folded<T>::Adapt adaptive;
   const bool adapts = u.slots_due && (u.momentum >= 0 || u.second >= 0), decays = one.decay != Decay::kNone;
-  const bool strides = std::is_same_v<T, float> && u.observe && gradient && !rows;
   alignas(64) T prepared[kBlock], before[kBlock], summed[kBlock], squares[kBlock];
   alignas(64) Wide scratch[kBlock];
   for (int64_t begin = 0, n = 0; begin < size; begin += n) {
@@ -140,11 +144,9 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
     void* q[kMaxSlots] = {};
     for (int k = 0; k < rule.slots; ++k) q[k] = slots[k] + begin;
     const T *raw = gradient ? gradient + begin : nullptr, *taken = raw;
-    T scale = scales ? scales[index] : T(1.0f);
     if (gradient) {
       if (rows) {
-        gather(*rows, gradient, scale, offset + begin, n,
-               {summed, scales ? prepared : nullptr, squares});
+        gather(*rows, gradient, scale, offset + begin, n, {summed, scales ? prepared : nullptr, squares});
         raw = summed;
         taken = scales ? prepared : summed;
       } else {
@@ -152,10 +154,7 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
           prepare(how, taken, factor, n, prepared);
           taken = prepared;
         };
-        if (scales && (!whole || u.factor_count)) {
-          prepare_by(Prepare::kMultiply, scale);
-          scale = T(1.0f);
-        }
+        if (scales && !(whole && scaled)) prepare_by(Prepare::kMultiply, scale);
         for (int f = 0; f < u.factor_count; ++f) {
           const Factor& factor = u.factors[f];
           prepare_by(factor.how, static_cast<const T*>(factor.values)[factor.each ? index : 0]);
@@ -164,7 +163,8 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
       if (u.observe && (decays || !whole)) __builtin_memcpy(before, w, n * sizeof(T));
       if (decays) decay(one.decay, scalars + rule.scalars, n, w);
       if constexpr (std::is_same_v<T, float>) {
-        if (whole) folds(scalars, {static_cast<int>(n), raw, taken, scale, decays ? before : w, before, w, q, &folded, of_slot});
+        const T* old = decays ? before : w;
+        if (whole) folds(scalars, {static_cast<int>(n), raw, taken, scale, old, before, w, q, &folded, of_slot});
       }
       if (!whole) step(scalars, n, taken, rows ? squares : nullptr, w, q);
     }
@@ -272,7 +272,8 @@ constexpr Steps apart() {
 
 template <typename R, bool kGraph>
 constexpr Folds folds() {
-  return {step_and_fold<R, kGraph, false>, step_and_fold<R, kGraph, true>};
+  return {step_and_fold<R, kGraph, Folding::kNone>, step_and_fold<R, kGraph, Folding::kAllButGradient>,
+          step_and_fold<R, kGraph, Folding::kAll>};
 }
 
 template <typename R>
