@@ -49,8 +49,7 @@ struct Limits {
     return largest == 0 || (largest >= low && largest < high);
   }
   inline __attribute__((always_inline)) bool hold(Ints top) const {
-    if (__builtin_expect(!any_outside(top, low, high), 1)) return true;
-    return !any_outside(top > 0 ? top : Ints{} + low, low, high) || hold(largest(top));
+    return __builtin_expect(!any_outside(top, low, high), 1) || hold(largest(top));
   }
 };
 

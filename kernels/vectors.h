@@ -57,13 +57,13 @@ typedef double Doubles8 __attribute__((vector_size(64)));
 
 // A half of a vector, lane by lane: a vector whose parts were addressed in memory would have to live there.
 template <typename Half, int kFrom, typename Vector, int... i>
-inline __attribute__((always_inline)) Half half_of(Vector v, std::integer_sequence<int, i...>) {
+inline __attribute__((always_inline)) Half half_of(const Vector& v, std::integer_sequence<int, i...>) {
   return Half{v[kFrom + i]...};
 }
 
 // Folds the lanes of a vector by halves.
 template <typename Lane, int kCount = kWidth, typename Vector, typename Fold>
-inline __attribute__((always_inline)) Lane across(Vector v, Fold fold) {
+inline __attribute__((always_inline)) Lane across(const Vector& v, Fold fold) {
   constexpr int kHalfCount = kCount / 2;
   if constexpr (kHalfCount == 1) {
     return fold(v[0], v[1]);
@@ -89,7 +89,7 @@ inline __attribute__((always_inline)) Floats8 eight(const Floats* sets) {
 #endif
 }
 
-inline __attribute__((always_inline)) Doubles8 widened(Floats8 x) {
+inline __attribute__((always_inline)) Doubles8 widened(const Floats8& x) {
 #if defined(__AVX512F__)  // of which the compiler makes shorter vectors
   return _mm512_cvtps_pd(x);
 #else
@@ -116,12 +116,13 @@ inline __attribute__((always_inline)) bool any_zero(Ints v) {
 #endif
 }
 
-// Whether any lane is under `low` or not under `high`; none is negative, and low < high.
+// Whether any lane is under `low`, which may be negative, or not under `high`; none is negative.
 inline __attribute__((always_inline)) bool any_outside(Ints v, int32_t low, int32_t high) {
-  constexpr int32_t kLeast = INT32_MIN;  // what comes before `low` wraps around to the top
-  const Ints above = v - (low - kLeast), bound = (high - low + kLeast) - Ints{};
+  typedef uint32_t Unsigned __attribute__((vector_size(4 * kWidth)));
+  const Unsigned above = reinterpret_cast<Unsigned>(v) - static_cast<uint32_t>(low);  // wraps around under `low`
+  const Unsigned bound = static_cast<uint32_t>(high) - static_cast<uint32_t>(low) + Unsigned{};
 #if defined(__AVX512F__)
-  return _mm512_cmpge_epi32_mask(reinterpret_cast<__m512i>(above), reinterpret_cast<__m512i>(bound)) != 0;
+  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(above), reinterpret_cast<__m512i>(bound)) != 0;
 #else
   return any(above >= bound);
 #endif
