@@ -12,7 +12,7 @@ from trainrt.findings import program
 from trainrt.findings.data_split import in_order
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
-from trainrt.findings.rules import about, rule
+from trainrt.findings.rules import about, rule, rule_of_program
 from trainrt.findings.series import loss_trend, scalar
 from trainrt.record.run import Run
 
@@ -41,7 +41,7 @@ _SIDES = (
 )
 
 
-@rule
+@rule_of_program
 def bad_numbers(run: Run) -> Iterator[Finding]:
     """NaN or infinite values in the data.
 

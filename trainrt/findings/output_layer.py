@@ -9,7 +9,7 @@ from typing import Any
 from trainrt.findings import program
 from trainrt.findings.finding import Finding
 from trainrt.findings.outcome import outcome
-from trainrt.findings.rules import about, rule
+from trainrt.findings.rules import about, rule, rule_of_program
 from trainrt.record.run import Run
 
 LEARNT = 0.8
@@ -155,7 +155,7 @@ def _contradiction(head: program.Head) -> tuple[tuple[str, ...], str, tuple[str,
     return None
 
 
-@rule
+@rule_of_program
 def labels_contradict_loss(run: Run) -> Iterator[Finding]:
     """Labels that the loss is not made for.
 
@@ -223,7 +223,9 @@ def _misfit(head: program.Head, target: Mapping[str, Any]) -> tuple[tuple[str, .
         return (
             ("label_range", "output_units"),
             f"Labels of {span} for {head.units} outputs: a class number must be under the number of outputs.",
-            (f"Dense({int(high) + 1}) at the end, or labels from 0: y = y - {low:g}.",),
+            (f"Labels from 0: y = y - {low:g}.", f"Or Dense({int(high) + 1}) at the end.")
+            if high - low < head.units
+            else (f"Dense({int(high) + 1}) at the end.",),
         )
     if head.loss in POSITIVE and low < 0:
         return (

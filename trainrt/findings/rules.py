@@ -79,7 +79,7 @@ LIKELY = 0.65
 
 
 def rule(function: Rule) -> Rule:
-    """Marks a generator of findings as a rule. Its name finishes the sentence "this run has a ...", its docstring is
+    """Marks a generator of findings about steps that ran as a rule. Its name finishes the sentence "this run has a ...", its docstring is
     its help page: a first line, then Means, Matters, Try and Source, and doctests of a run that fires it and one that
     does not. A rule in a module of this package is found by itself; one elsewhere is handed to `diagnose`."""
 
@@ -88,8 +88,13 @@ def rule(function: Rule) -> Rule:
         if len(run.steps):
             yield from function(run)
 
-    judged.is_rule = True  # type: ignore[attr-defined]
-    return judged
+    return rule_of_program(judged)
+
+
+def rule_of_program(function: Rule) -> Rule:
+    """Marks a rule that needs no step: what was asked for and the data say enough, even if the first step failed."""
+    function.is_rule = True  # type: ignore[attr-defined]
+    return function
 
 
 def collect(module) -> list[Rule]:
@@ -232,21 +237,24 @@ def about(
     steps: tuple[int, int] | None = None,
 ) -> Finding:
     """A finding about all steps of a run, unless told which. A look after the last step is of that step."""
-    first, last = int(run.steps[0, 0]), int(run.steps[-1, 1])
+    first, last = _span(run)
     steps = (first, last) if steps is None else (min(steps[0], last), min(steps[1], last))
     return Finding(rule, severity, confidence, causes, where, steps, message, evidence, advice)
 
 
+def _span(run: Run) -> tuple[int, int]:
+    return (int(run.steps[0, 0]), int(run.steps[-1, 1])) if len(run.steps) else (0, 0)
+
+
 def _broken(each: Rule, error: Exception, run: Run) -> Finding:
     name = getattr(each, "__name__", repr(each))
-    steps = (int(run.steps[0, 0]), int(run.steps[-1, 1])) if len(run.steps) else (0, 0)
     return Finding(
         rule=name,
         severity="info",
         confidence=0.0,
         causes=(),
         where=(),
-        steps=steps,
+        steps=_span(run),
         message=f"The rule {name} could not judge this run: {type(error).__name__}: {error}",
         evidence={"error": type(error).__name__},
         advice=("Please report it with the log directory; the other rules are not affected.",),

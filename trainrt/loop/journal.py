@@ -18,7 +18,7 @@ from trainrt.findings import Finding, diagnose
 from trainrt.findings.render import printable, render
 from trainrt.loop.recorder import Recorder
 from trainrt.passport.audit import Audit
-from trainrt.passport.environment import clean
+from trainrt.passport.environment import clean, essence
 from trainrt.record.run import Run
 from trainrt.record.vocabulary import Epoch, Roster
 from trainrt.record.windows import BUDGET_BYTES
@@ -66,6 +66,7 @@ class Journal(contextlib.AbstractContextManager):
       run: The run, when it has ended.
       findings: What was found, likeliest root cause first.
       judge: What has the last word on the findings of a training that came to its end; None: nobody.
+      unbegun: Opens the record of a training that ended before its first step.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Journal(contextlib.AbstractContextManager):
         self._said: set[tuple] = set()
         self._end = {"how": "finished", "detail": ""}
         self.judge: Callable[[list[Finding]], list[Finding]] | None = None
+        self.unbegun: Callable[[], None] = lambda: self.open(None, dict)
         self.run: Run | None = None
         self.findings: list[Finding] = []
 
@@ -166,9 +168,9 @@ class Journal(contextlib.AbstractContextManager):
         if kind is not None:
             interrupted = issubclass(kind, (KeyboardInterrupt, Terminated))
             how = "interrupted" if interrupted else "exception"
-            self._end = {"how": how, "detail": str(error) if interrupted else clean(f"{kind.__name__}: {error}")}
+            self._end = {"how": how, "detail": str(error) if interrupted else clean(f"{kind.__name__}: {essence(error)}")}
         if self._recorder is None:
-            self.open(None, dict)
+            self.unbegun()
         recorder = self._recorder
         assert recorder is not None
         self._tell_data()
@@ -177,10 +179,19 @@ class Journal(contextlib.AbstractContextManager):
         run = self._so_far()
         if run is not None:
             run.end = end  # what came of a run is judged when it is over
-        found = diagnose(run) if run is not None and len(run) else []
+        found = diagnose(run) if run is not None else []
         self.findings = found if kind is not None or self.judge is None else self.judge(found)
         recorder.close([finding.to_dict() for finding in self.findings], end)
         self.run = self._so_far()
+        if error is not None and self._end["how"] == "exception":
+            self._explain(error)
+
+    def _explain(self, error: BaseException) -> None:
+        """Lets the error say what was found, below its own words: nobody reads what was printed above a traceback."""
+        wrong = [finding for finding in self.findings if finding.severity == "error"][:3]
+        for finding in wrong if hasattr(error, "add_note") else ():
+            tries = "".join(f"\n  try: {printable(line)}" for line in finding.advice[:1])
+            error.add_note(f"trainrt: {printable(str(finding))}{tries}")
 
     def _so_far(self) -> Run | None:
         """The run as recorded by now; of one that went on after a death, what it wrote before as well."""

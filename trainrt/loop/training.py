@@ -113,6 +113,7 @@ class Training:
             resumed,
             request.record_budget,
         )
+        self.journal.unbegun = self._open_unbegun
         self.retracing = Retracing(lambda: self.step)
         self.timing = timing.Timing(timing.kind(given["x"]), timing.stages(given["x"]))
         self.probe = Prober(
@@ -418,6 +419,11 @@ class Training:
         if self._keeper is not None:
             self._keeper.traced(step.variables, step.operations)
         return step
+
+    def _open_unbegun(self) -> None:
+        """Opens the record of a training that failed before it could be opened: what was asked for may say why."""
+        passport = environment.passport(self._model, self._given)
+        self.journal.open(self._step.roster if self._step else None, lambda: passport)
 
     def _open(self) -> None:
         """Opens the record, once the step has been traced (or has run, when eager) and its weights are known."""

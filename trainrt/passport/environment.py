@@ -200,6 +200,16 @@ def clean(text: str) -> str:
     return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)[:_TEXT]
 
 
+def essence(error: BaseException | None) -> str:
+    """What an error says, without the lines of Python by which TensorFlow leads to a node.
+
+    >>> essence(ValueError("At node a defined at:\\n  File 'x.py', line 1, in f\\n\\nToo large.\\n\\t [[{{node a}}]]"))
+    'At node a defined at: Too large.'
+    """
+    lines = (line for line in str(error).splitlines() if not line.startswith(("  File ", "\t [[")))
+    return " ".join(" ".join(lines).replace(" (most recent call last)", "").split())
+
+
 def _guarded(ask: Callable[[], Any]) -> Any:
     try:
         return ask()

@@ -1,0 +1,76 @@
+"""A training that an error ends, before its first step or later: the record tells what was asked for, and why it failed."""
+
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import trainrt
+from trainrt.record.run import Run
+
+notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="an error takes notes from Python 3.11 on")
+
+
+def classifier(*first):
+    layers = [*first, keras.layers.Dense(4, "softmax", name="head")]
+    model = keras.Sequential([keras.Input((6,)), *layers])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    return model
+
+
+def run_of(tmp_path):
+    (path,) = Run.find(tmp_path)
+    return Run.open(path)
+
+
+def fails(model, x, y, tmp_path):
+    with pytest.raises(tf.errors.InvalidArgumentError) as raised:
+        trainrt.fit(model, x, y, verbose=0, logdir=str(tmp_path))
+    return raised.value
+
+
+def labels_from_one():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(64, 6)).astype("float32"), rng.integers(1, 5, 64)
+
+
+@notes
+def test_labels_that_no_output_stands_for_are_named_below_the_error(tmp_path):
+    error = fails(classifier(), *labels_from_one(), tmp_path)
+    assert "labels_contradict_loss (label_range) at head, step 0: Labels of 1 to 4 for 4 outputs" in error.__notes__[0]
+    assert "try: Labels from 0: y = y - 1." in error.__notes__[0]
+
+
+def test_the_record_of_a_run_without_steps_tells_what_was_asked_for(tmp_path):
+    fails(classifier(), *labels_from_one(), tmp_path)
+    run = run_of(tmp_path)
+    assert len(run.steps) == 0
+    assert run.environment["optimizer"]["class"] == "Adam"
+    assert [parameter.path.rpartition("/")[2] for parameter in run.roster.parameters] == ["kernel", "bias"]
+    assert run.end["how"] == "exception"
+    assert "Received a label value of" in run.end["detail"] and "File " not in run.end["detail"]
+    assert [finding.causes[0] for finding in trainrt.diagnose(run)] == ["label_range"]
+
+
+def test_ids_that_the_table_does_not_hold_are_named(tmp_path):
+    words = np.random.default_rng(0).integers(0, 51, (256, 6))
+    words[0, 0] = 50
+    table = keras.layers.Embedding(50, 8, name="words")
+    fails(classifier(table, keras.layers.Flatten()), words, np.zeros(256, int), tmp_path)
+    (finding,) = trainrt.diagnose(run_of(tmp_path))
+    assert finding.causes == ("ids_out_of_range",) and finding.where == ("words",)
+    assert finding.advice[0] == "keras.layers.Embedding(51, ...)."
+
+
+def test_an_error_of_the_program_s_own_is_left_as_it_is(tmp_path):
+    class Breaks(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise RuntimeError("mine")
+
+    x, y = labels_from_one()
+    with pytest.raises(RuntimeError, match="mine") as raised:
+        trainrt.fit(classifier(), x, y - 1, verbose=0, logdir=str(tmp_path), callbacks=[Breaks()])
+    assert not getattr(raised.value, "__notes__", [])
+    assert run_of(tmp_path).end["detail"] == "RuntimeError: mine"
