@@ -1,4 +1,4 @@
-"""A training that an error ends, before its first step or later: the record tells what was asked for, and why it failed."""
+"""A training that an error ends, be it before its first step: the record tells what was asked for, and why it failed."""
 
 import sys
 
@@ -50,7 +50,8 @@ def test_the_record_of_a_run_without_steps_tells_what_was_asked_for(tmp_path):
     assert run.environment["optimizer"]["class"] == "Adam"
     assert [parameter.path.rpartition("/")[2] for parameter in run.roster.parameters] == ["kernel", "bias"]
     assert run.end["how"] == "exception"
-    assert "Received a label value of" in run.end["detail"] and "File " not in run.end["detail"]
+    assert "Received a label value of" in run.end["detail"]
+    assert "File " not in run.end["detail"]
     assert [finding.causes[0] for finding in trainrt.diagnose(run)] == ["label_range"]
 
 
@@ -60,7 +61,7 @@ def test_ids_that_the_table_does_not_hold_are_named(tmp_path):
     table = keras.layers.Embedding(50, 8, name="words")
     fails(classifier(table, keras.layers.Flatten()), words, np.zeros(256, int), tmp_path)
     (finding,) = trainrt.diagnose(run_of(tmp_path))
-    assert finding.causes == ("ids_out_of_range",) and finding.where == ("words",)
+    assert (finding.causes, finding.where) == (("ids_out_of_range",), ("words",))
     assert finding.advice[0] == "keras.layers.Embedding(51, ...)."
 
 

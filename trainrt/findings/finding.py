@@ -25,9 +25,9 @@ CAUSES = TIME_CAUSES | frozenset(
     momentum_too_high epsilon_dominates clip_too_tight weight_decay_too_high over_regularised dropout_too_high
     wrong_loss unstable_loss flipped_sign wrong_output_activation missing_activation hidden_activation missing_softmax
     double_softmax wrong_softmax_axis bad_init inputs_unnormalised inputs_too_small inputs_constant
-    targets_unnormalised nan_in_data labels_wrong label_range ids_out_of_range unshuffled_data label_leakage train_val_overlap
-    train_val_mismatch class_imbalance sample_weights_zero frozen_layers graph_cut constraint_binds update_rounding
-    capacity output_units batchnorm_statistics overfitting replica_drift
+    targets_unnormalised nan_in_data labels_wrong label_range ids_out_of_range unshuffled_data label_leakage
+    train_val_overlap train_val_mismatch class_imbalance sample_weights_zero frozen_layers graph_cut constraint_binds
+    update_rounding capacity output_units batchnorm_statistics overfitting replica_drift
     nondeterminism
     vanishing_gradient exploding_gradient dying_relu saturated_activation
     """.split()  # noqa: SIM905 - fifty lines of quotes say no more

@@ -46,10 +46,13 @@ def ids_beyond_table(run: Run) -> Iterator[Finding]:
             "error",
             0.97,
             ("ids_out_of_range",),
-            f"The ids of the {what} data reach from {low:g} to {high:g}, and {first['name']} has rows 0 to {rows - 1:g}.",
+            f"The ids of the {what} data reach from {low:,.0f} to {high:,.0f}, and {first['name']} has rows 0 to "
+            f"{rows - 1:,.0f}.",
             {"side": side, "min": low, "max": high, "input_dim": rows},
             (
-                f"keras.layers.Embedding({high + 1:.0f}, ...)." if low >= 0 else "Give padding and the unknown an id from 0.",
+                f"keras.layers.Embedding({high + 1:.0f}, ...)."
+                if low >= 0
+                else "Give padding and the unknown an id from 0.",
                 "Or give all rare words one id: np.where(x < n, x, unknown).",
             ),
             where=(str(first["name"]),),

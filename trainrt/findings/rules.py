@@ -79,9 +79,10 @@ LIKELY = 0.65
 
 
 def rule(function: Rule) -> Rule:
-    """Marks a generator of findings about steps that ran as a rule. Its name finishes the sentence "this run has a ...", its docstring is
-    its help page: a first line, then Means, Matters, Try and Source, and doctests of a run that fires it and one that
-    does not. A rule in a module of this package is found by itself; one elsewhere is handed to `diagnose`."""
+    """Marks a generator of findings about steps that ran as a rule. Its name finishes the sentence "this run has a
+    ...", its docstring is its help page: a first line, then Means, Matters, Try and Source, and doctests of a run that
+    fires it and one that does not. A rule in a module of this package is found by itself; one elsewhere is handed to
+    `diagnose`."""
 
     @functools.wraps(function)
     def judged(run: Run) -> Iterator[Finding]:

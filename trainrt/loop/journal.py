@@ -168,7 +168,10 @@ class Journal(contextlib.AbstractContextManager):
         if kind is not None:
             interrupted = issubclass(kind, (KeyboardInterrupt, Terminated))
             how = "interrupted" if interrupted else "exception"
-            self._end = {"how": how, "detail": str(error) if interrupted else clean(f"{kind.__name__}: {essence(error)}")}
+            self._end = {
+                "how": how,
+                "detail": str(error) if interrupted else clean(f"{kind.__name__}: {essence(error)}"),
+            }
         if self._recorder is None:
             self.unbegun()
         recorder = self._recorder
