@@ -1,4 +1,4 @@
-"""A training that an error ends, be it before its first step: the record tells what was asked for, and why it failed."""
+"""A training that an error ends, be it before its first step: the record tells what was asked for and why."""
 
 import sys
 
