@@ -422,8 +422,8 @@ class Training:
 
     def _open_unbegun(self) -> None:
         """Opens the record of a training that failed before it could be opened: what was asked for may say why."""
-        passport = environment.passport(self._model, self._given)
-        self.journal.open(self._step.roster if self._step else None, lambda: passport)
+        roster = self._step.roster if self._step else None
+        self.journal.open(roster, lambda: environment.passport(self._model, self._given))
 
     def _open(self) -> None:
         """Opens the record, once the step has been traced (or has run, when eager) and its weights are known."""
