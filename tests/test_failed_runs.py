@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 import trainrt
+from trainrt.plugin.summary import verdict
 from trainrt.record.run import Run
 
 notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="an error takes notes from Python 3.11 on")
@@ -75,3 +76,24 @@ def test_an_error_of_the_program_s_own_is_left_as_it_is(tmp_path):
         trainrt.fit(classifier(), x, y - 1, verbose=0, logdir=str(tmp_path), callbacks=[Breaks()])
     assert not getattr(raised.value, "__notes__", [])
     assert run_of(tmp_path).end["detail"] == "RuntimeError: mine"
+
+
+def test_the_view_heads_a_failed_run_with_its_cause(tmp_path):
+    fails(classifier(), *labels_from_one(), tmp_path)
+    run = run_of(tmp_path)
+    said = verdict(run, run.recorded_findings)
+    assert said == {"level": "error", "title": "Likely cause: label range"}
+
+
+def test_the_view_says_why_a_run_was_not_observed(tmp_path):
+    class Own(keras.Sequential):
+        def make_train_function(self, force=False):
+            super().make_train_function(force)
+            self.train_function = self.train_function
+
+    model = Own([keras.Input((6,)), keras.layers.Dense(4, "softmax")])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    x, y = labels_from_one()
+    with pytest.warns(UserWarning, match="does not observe this run"):
+        trainrt.fit(model, x, y - 1, verbose=0, logdir=str(tmp_path))
+    assert verdict(run_of(tmp_path), [])["title"] == "Not observed: the model has a train function of its own"

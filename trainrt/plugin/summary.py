@@ -75,13 +75,16 @@ def verdict(run: Run, findings: list[dict[str, Any]], busy: bool = False) -> dic
 
     >>> verdict(Run.synthetic(steps=4), [])["title"]
     'No rule found a fault so far'
+    >>> verdict(Run.synthetic(steps=0, end={"how": "exception", "detail": "ValueError: no"}), [])["title"]
+    'It ended before its first step'
     """
-    if not len(run):
-        why = run.environment.get("unobserved_because")
-        return {"level": "none", "title": f"Not observed: {why}" if why else "No steps recorded yet"}
     if busy:
         return {"level": "none", "title": "The rules are reading this run"}
     level = next((level for level in ("error", "warning", "info") if any(_level(f) == level for f in findings)), "good")
+    if level in ("good", "info") and not len(run):
+        why = run.environment.get("unobserved")
+        waits = "It ended before its first step" if run.end else "No steps recorded yet"
+        return {"level": "none", "title": f"Not observed: {why}" if why else waits}
     if level in ("good", "info"):
         return {"level": level, "title": "No rule found a fault" if run.end else "No rule found a fault so far"}
     first = next(f for f in findings if _level(f) == level)

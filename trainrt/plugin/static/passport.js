@@ -5,7 +5,7 @@ import { short, words } from './numbers.js';
 
 const TITLES = { tensorflow: 'TensorFlow', fit: 'Arguments of fit', updates: 'Updates of the optimizers', data: 'What the data looked like' };
 const heading = (name) => TITLES[name] || words(name).replace(/^./, (c) => c.toUpperCase());
-const HIDDEN = new Set(['start', 'observed', 'unobserved_because']);
+const HIDDEN = new Set(['start', 'observed', 'unobserved']);
 const DEFAULT = '_DefaultDistributionStrategy'; // one device
 const OPEN = new Set(['optimizer', 'compile']), LONG = 12; // sections that are open from the start, if they are short
 

@@ -57,7 +57,7 @@ export function verdict(run, place, go) {
 }
 
 function quiet(run) {
-  if (!run.windows) return 'The record has no windows of steps. Its passport is below.';
+  if (!run.windows) return (run.end && run.end.detail) || 'The record has no windows of steps. Its passport is below.';
   if (run.verdict.level === 'none') return 'The map is below; the verdict follows in a moment.';
   const notes = run.findings.length;
   return `Every rule looked at every recorded step of every layer.${notes ? ` ${notes === 1 ? 'A note' : `${notes} notes`} below.` : ''}`;
