@@ -56,6 +56,28 @@ def test_the_record_of_a_run_without_steps_tells_what_was_asked_for(tmp_path):
     assert [finding.causes[0] for finding in trainrt.diagnose(run)] == ["label_range"]
 
 
+ROWS = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
+CLASSES = np.arange(64) % 4
+AXES = {
+    "numbers for shares": ("categorical_crossentropy", ROWS, CLASSES, "wrong_loss", "sparse_categorical_crossentropy"),
+    "numbers for sigmoids": ("binary_crossentropy", ROWS, CLASSES, "wrong_loss", "sparse_categorical_crossentropy"),
+    "rows for numbers": ("sparse_categorical_crossentropy", ROWS, np.eye(4)[CLASSES], "wrong_loss", "'categorical_"),
+    "not flattened": ("sparse_categorical_crossentropy", ROWS[:, None], CLASSES, "output_shape", "Flatten()"),
+}
+
+
+@pytest.mark.parametrize("case", AXES)
+def test_where_keras_gives_shapes_the_way_out_is_given(case, tmp_path):
+    loss, x, y, cause, advice = AXES[case]
+    model = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Dense(4, "softmax")])
+    model.compile("adam", loss)
+    with pytest.raises(ValueError, match=r"rank \(ndim\)"):
+        trainrt.fit(model, x, y, verbose=0, logdir=str(tmp_path))
+    (finding,) = trainrt.diagnose(run_of(tmp_path))
+    assert finding.causes == (cause,)
+    assert advice in finding.advice[0]
+
+
 def test_ids_that_the_table_does_not_hold_are_named(tmp_path):
     words = np.random.default_rng(0).integers(0, 51, (256, 6))
     words[0, 0] = 50

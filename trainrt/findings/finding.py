@@ -27,7 +27,7 @@ CAUSES = TIME_CAUSES | frozenset(
     double_softmax wrong_softmax_axis bad_init inputs_unnormalised inputs_too_small inputs_constant
     targets_unnormalised nan_in_data labels_wrong label_range ids_out_of_range unshuffled_data label_leakage
     train_val_overlap train_val_mismatch class_imbalance sample_weights_zero frozen_layers graph_cut constraint_binds
-    update_rounding capacity output_units batchnorm_statistics overfitting replica_drift
+    update_rounding capacity output_units output_shape batchnorm_statistics overfitting replica_drift
     nondeterminism
     vanishing_gradient exploding_gradient dying_relu saturated_activation
     """.split()  # noqa: SIM905 - fifty lines of quotes say no more

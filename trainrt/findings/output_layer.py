@@ -160,9 +160,10 @@ def labels_contradict_loss(run: Run) -> Iterator[Finding]:
     """Labels that the loss is not made for.
 
     Means:   labels outside 0..1 under a binary cross-entropy; a class number as large as the number of outputs; rows of
-             several ones, or of numbers, under a categorical cross-entropy.
+             several ones, or of numbers, under a categorical cross-entropy; class numbers where the loss takes rows of
+             shares, rows where it takes numbers, or an output that nobody flattened.
     Matters: the loss has no lower bound, goes negative, or is NaN; or it asks for shares of classes that sum to 1 where
-             the targets do not.
+             the targets do not; or Keras ends the training over shapes.
     Try:     classes 0..n-1 with n outputs; -1/+1 as 0/1; several classes at once as sigmoids with binary_crossentropy.
     Source:  exact: the extremes are of every batch that was fed.
 
@@ -198,6 +199,8 @@ def _misfit(head: program.Head, target: Mapping[str, Any]) -> tuple[tuple[str, .
     labels = target.get("labels") or {}
     classes, kind = labels.get("classes") or 0, labels.get("kind")
     span = f"{low:.4g} to {high:.4g}"
+    if (said := _other_axes(head, target, kind, low, high)) is not None:
+        return said
     if head.loss in BINARY and (low < 0 or high > 1):
         if kind == "integer" and classes == 2:
             return (
@@ -263,6 +266,39 @@ def _misfit(head: program.Head, target: Mapping[str, Any]) -> tuple[tuple[str, .
                 f"softmax {'with categorical cross-entropy ' if head.loss not in BINARY else ''}shares out exactly 1.",
                 (f"Dense({head.units}, activation='sigmoid') with loss='binary_crossentropy'.",),
             )
+    return None
+
+
+def _other_axes(
+    head: program.Head, target: Mapping[str, Any], kind: Any, low: float, high: float
+) -> tuple[tuple[str, ...], str, tuple[str, ...]] | None:
+    """Targets of other axes than the loss compares with the output: Keras's error gives the shapes, not the way out."""
+    shape = list(target.get("shape") or [])
+    single = len(shape) == 1 or (len(shape) == 2 and shape[-1] == 1)
+    sparse = head.loss == "sparse_categorical_crossentropy"
+    if sparse and kind == "one_hot" and len(shape) in (head.rank, 2) and shape[-1] == head.units > 1:
+        return (
+            ("wrong_loss",),
+            f"The targets are rows of {head.units} numbers, one of them 1, and {head.loss} takes the number of the "
+            "class.",
+            ("loss='categorical_crossentropy'.", "Or the numbers of the classes: y = y.argmax(-1)."),
+        )
+    if sparse and single and head.rank > 2:
+        return (
+            ("output_shape",),
+            f"One class a sample as target, and an output of {head.rank - 1} axes a sample: a class for each place "
+            "of it.",
+            ("keras.layers.Flatten() before the last layer; or GlobalAveragePooling of the places.",),
+        )
+    shares = head.loss == "categorical_crossentropy" or head.loss in BINARY
+    if shares and single and head.units > 1 and kind in ("integer", "binary") and 0 <= low <= high < head.units:
+        softmax = "" if head.activation == "softmax" or head.logits else " with activation='softmax' on the last layer"
+        return (
+            ("wrong_loss",),
+            f"The targets are numbers of classes, one a sample, and {head.loss} takes a share for each of the "
+            f"{head.units} outputs.",
+            (f"loss='sparse_categorical_crossentropy'{softmax}.", "Or rows of shares: keras.ops.one_hot(y, n)."),
+        )
     return None
 
 

@@ -239,7 +239,10 @@ def head(run: Run) -> Head | None:
     raw = ((run.environment or {}).get("compile") or {}).get("loss")
     logits = False if isinstance(raw, str) and raw == raw.lower() else None
     name = activation if isinstance(activation, str) else ""
-    return Head(last["name"], name, int(units) if isinstance(units, int) else 0, loss_name(run), logits, -1)
+    outputs = ((run.environment or {}).get("model") or {}).get("outputs") or [()]
+    rank = len(outputs[0]) if len(outputs) == 1 else 0
+    units = int(units) if isinstance(units, int) else 0
+    return Head(last["name"], name, units, loss_name(run), logits, -1, rank=rank)
 
 
 def _head(run: Run, place: int, loss: str) -> Head | None:

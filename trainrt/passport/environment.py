@@ -240,6 +240,7 @@ def _model(model: keras.Model) -> dict[str, Any]:
         "trainable_parameters": trainable,
         "weights": len(weights),
         "layers": layers,
+        "outputs": [list(one.shape) for one in getattr(model, "outputs", None) or ()],
     }
 
 
