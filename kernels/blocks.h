@@ -10,6 +10,13 @@ namespace trainrt {
 constexpr int kLanes = 32, kSets = kLanes / kWidth;
 static_assert(kBlock % kLanes == 0, "a full block is a whole number of strides");
 
+// Size of the next block, of so many elements that are left: whole strides as long as there are any, then what is over.
+// Whoever folds, in whatever pass, folds blocks of these sizes, so that the sums of a tensor have the same bits.
+inline int block_of(int64_t left) {
+  const int n = left < kBlock ? static_cast<int>(left) : kBlock;
+  return n > kLanes ? n / kLanes * kLanes : n;
+}
+
 // 8 lanes of float64, each the sum of four lanes of float32 in every block.
 struct Lanes {
   Doubles8 lane = {};

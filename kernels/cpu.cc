@@ -18,8 +18,8 @@ Moments measure_chunk(const Span& span, int64_t offset) {
   typename Folded<T>::Fold fold;
   alignas(64) typename Folded<T>::Wide scratch[kBlock];
   alignas(64) T summed[kBlock];
-  for (int64_t begin = offset; begin < end; begin += kBlock) {
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, end - begin));
+  for (int64_t begin = offset, n = 0; begin < end; begin += n) {
+    n = block_of(end - begin);
     if (span.rows) gather(*span.rows, x, T(1.0f), begin, n, {summed, nullptr, nullptr});
     const auto* block = Folded<T>::widen(span.rows ? summed : x + begin, n, scratch);
     fold.add(block, n);
@@ -34,8 +34,8 @@ void observe_chunk(const T* before, const T* after, const G* gradient, bool meas
   constexpr bool kAlike = std::is_same_v<T, G>;
   typename Folded<T>::Step folded;
   typename Folded<G>::Fold of_gradient;
-  for (int64_t begin = 0; begin < size; begin += kBlock) {
-    const int n = static_cast<int>(std::min<int64_t>(kBlock, size - begin));
+  for (int64_t begin = 0, n = 0; begin < size; begin += n) {
+    n = block_of(size - begin);
     const T *old = before + begin, *now = after + begin;
     const G* one = gradient ? gradient + begin : nullptr;
     if constexpr (kAlike) {

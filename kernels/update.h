@@ -137,8 +137,7 @@ void update_chunk(const Rule& rule, const Update& u, const T* scales, int index,
   alignas(64) T prepared[kBlock], before[kBlock], summed[kBlock], squares[kBlock];
   alignas(64) Wide scratch[kBlock];
   for (int64_t begin = 0, n = 0; begin < size; begin += n) {
-    n = std::min<int64_t>(kBlock, size - begin);
-    if (strides && n > kLanes) n = n / kLanes * kLanes;
+    n = u.observe || strides ? block_of(size - begin) : std::min<int64_t>(kBlock, size - begin);
     const bool whole = strides && n % kLanes == 0;
     T* w = weight + begin;
     void* q[kMaxSlots] = {};

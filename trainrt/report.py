@@ -24,7 +24,7 @@ def print_report(path: Path, run: Run, findings: list[Finding]) -> None:
     if findings or len(run.steps):
         render(findings)
     else:
-        print("No step was recorded, and what was asked for and the data do not say why.")
+        print("No step was recorded, so there is nothing to judge but what was asked for: no rule faults that.")
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
