@@ -5,12 +5,14 @@ import subprocess
 import sys
 import time
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import trainrt
 from trainrt.record.vocabulary import DEVICE_MOMENTS, JOINT, SLOTS_EVERY, Moments
 from trainrt.update import adaptive, cuda, moments, native, native_ops
 
@@ -239,6 +241,19 @@ def test_the_kernels_hold_slots_against_gradients_in_the_first_steps_and_in_ever
         gaps = np.diff(np.flatnonzero(seen))
         assert gaps.max() == SLOTS_EVERY
         assert set(gaps) == {1, SLOTS_EVERY}
+
+
+def test_a_gradient_measured_for_a_clip_has_the_bits_of_one_folded_with_the_step():
+    def run(clip):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((23,)), keras.layers.Dense(37, "tanh"), keras.layers.Dense(300)])
+        model.compile("adam", "mse")
+        x = np.random.default_rng(0).normal(size=(8, 23)).astype("float32")
+        return trainrt.fit(model, x, x[:, :1] * np.ones((1, 300)), epochs=3, clip=clip, verbose=0).run
+
+    folded, measured = (run(clip).moments("gradient").array for clip in (None, 1e9))
+    assert folded.shape == (3, 4, folded.shape[-1])
+    np.testing.assert_array_equal(folded, measured)
 
 
 def test_weights_of_different_sizes_are_refused():
