@@ -267,8 +267,19 @@ def explain(each: Rule) -> str:
     return inspect.getdoc(each) or f"{each.__name__} has no docstring."
 
 
+def _code(function: Callable, seen: set[Callable]) -> str:
+    """Source of a function, and of those of its file that it calls and that are no rules of their own."""
+    seen.add(function)
+    source = inspect.getsource(function)
+    known = vars(inspect.getmodule(function))
+    called = [known[word] for word in dict.fromkeys(re.findall(r"\w+", source)) if inspect.isfunction(known.get(word))]
+    helpers = [each for each in called if each.__module__ == function.__module__ and not hasattr(each, "is_rule")]
+    return "".join([source, *(_code(each, seen) for each in helpers if each not in seen)])
+
+
 def naming(cause: str, rules: Sequence[Rule]) -> list[Rule]:
-    """The rules that may name a cause: those whose own code does, or, where none does, all of the file that does."""
+    """The rules that may name a cause: those whose code does, helpers of its file with it, or, where none does, all of
+    the file that does."""
     word = re.compile(rf"\b{re.escape(cause)}\b")
-    own = [each for each in rules if word.search(inspect.getsource(inspect.unwrap(each)))]
+    own = [each for each in rules if word.search(_code(inspect.unwrap(each), set()))]
     return own or [each for each in rules if word.search(Path(inspect.getfile(inspect.unwrap(each))).read_text())]
