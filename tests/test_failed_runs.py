@@ -111,7 +111,6 @@ def test_the_view_says_why_a_run_was_not_observed(tmp_path):
     class Own(keras.Sequential):
         def make_train_function(self, force=False):
             super().make_train_function(force)
-            self.train_function = self.train_function
 
     model = Own([keras.Input((6,)), keras.layers.Dense(4, "softmax")])
     model.compile("adam", "sparse_categorical_crossentropy")

@@ -226,9 +226,7 @@ def _misfit(head: program.Head, target: Mapping[str, Any]) -> tuple[tuple[str, .
         return (
             ("label_range", "output_units"),
             f"Labels of {span} for {head.units} outputs: a class number must be under the number of outputs.",
-            (f"Labels from 0: y = y - {low:g}.", f"Or Dense({int(high) + 1}) at the end.")
-            if high - low < head.units
-            else (f"Dense({int(high) + 1}) at the end.",),
+            _from_zero(int(low), int(high), head.units),
         )
     if head.loss in POSITIVE and low < 0:
         return (
@@ -267,6 +265,23 @@ def _misfit(head: program.Head, target: Mapping[str, Any]) -> tuple[tuple[str, .
                 (f"Dense({head.units}, activation='sigmoid') with loss='binary_crossentropy'.",),
             )
     return None
+
+
+def _from_zero(low: int, high: int, units: int) -> tuple[str, ...]:
+    """What to do about class numbers that do not fit the outputs.
+
+    >>> _from_zero(1, 10, 10)
+    ('Labels from 0: y = y - 1.', 'Or Dense(11) at the end.')
+    >>> _from_zero(0, 10, 10), _from_zero(-1, 9, 10)[0]
+    (('Dense(11) at the end.',), 'Labels from 0: y = y + 1, with Dense(11) at the end.')
+    """
+    if low < 0:
+        more = f", with Dense({high - low + 1}) at the end" if high - low >= units else ""
+        none = f"Or loss=keras.losses.SparseCategoricalCrossentropy(ignore_class={low}), if that stands for no label."
+        return (f"Labels from 0: y = y + {-low}{more}.", none)
+    if low > 0 and high - low < units:
+        return (f"Labels from 0: y = y - {low}.", f"Or Dense({high + 1}) at the end.")
+    return (f"Dense({high + 1}) at the end.",)
 
 
 def _other_axes(
